@@ -1,0 +1,88 @@
+"""From what people write to names: `blocks.[0-5].hook_resid_post`, `blocks.*.attn.hook_*`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+from actpipe.errors import UnknownHookError, did_you_mean
+from actpipe.hooks.catalogue import HookPoint
+
+_LAYERS = re.compile(r"\[([^\]]*)\]")
+_ITEM = re.compile(r"(-?\d+)(?:-(\d+))?")
+
+
+def select_hooks(patterns: Iterable[str], catalogue: Mapping[str, HookPoint], *, n_layers: int) -> tuple[str, ...]:
+    """Resolve names and patterns to names of the catalogue, in firing order, each once.
+
+    In the place of the layer number stand a number (negative counts from the last), `*` for
+    all, or a list of numbers and ranges in brackets, ends included: `[0-5]`, `[0,4,-1]`.
+    Elsewhere `*` matches any run of characters, dots included. What is made only on request
+    (`hook_result`) is reached by a wildcard only where that matches nothing else.
+
+    Args:
+        patterns: Names or patterns as the user wrote them.
+        catalogue: The model's hook points by name.
+        n_layers: Layers of the model, to resolve ranges and negative numbers.
+
+    Raises:
+        UnknownHookError: A pattern matches nothing; names the pattern and the nearest name.
+    """
+    wanted: set[str] = set()
+    for pattern in patterns:
+        matched = _match(pattern, catalogue, n_layers)
+        if not matched:
+            raise UnknownHookError(_explain(pattern, catalogue, n_layers))
+        wanted.update(matched)
+    return tuple(name for name in catalogue if name in wanted)
+
+
+def _match(pattern: str, catalogue: Mapping[str, HookPoint], n_layers: int) -> list[str]:
+    if pattern in catalogue:
+        return [pattern]
+    pieces = pattern.split(".")
+    if pieces[0] == "blocks" and len(pieces) > 2:
+        layers = _parse_layers(pieces[1], pattern, n_layers)
+        tails = _glob(".".join(pieces[2:]))
+        candidates = [p for p in catalogue.values() if p.layer in layers and tails.fullmatch(p.kind)]
+    else:
+        whole = _glob(pattern)
+        candidates = [p for p in catalogue.values() if whole.fullmatch(p.name)]
+    ordinary = [point.name for point in candidates if not point.on_request]
+    return ordinary or [point.name for point in candidates]
+
+
+def _glob(text: str) -> re.Pattern[str]:
+    return re.compile(".*".join(re.escape(piece) for piece in text.split("*")))
+
+
+def _parse_layers(text: str, pattern: str, n_layers: int) -> set[int]:
+    """Return the layers that the second piece of a pattern names."""
+    if text == "*":
+        return set(range(n_layers))
+    bracketed = _LAYERS.fullmatch(text)
+    layers: set[int] = set()
+    for item in (bracketed.group(1) if bracketed else text).split(","):
+        found = _ITEM.fullmatch(item.strip())
+        if found is None:
+            raise UnknownHookError(
+                f"cannot read the layers {text!r} of hook {pattern!r}: write a number, `*`, or a list of "
+                "numbers and ranges such as [0-5] or [0,4,-1]"
+            )
+        first = int(found.group(1))
+        first = first + n_layers if first < 0 else first
+        last = int(found.group(2)) if found.group(2) else first
+        if not 0 <= first <= last < n_layers:
+            raise UnknownHookError(
+                f"hook {pattern!r} asks for layer {item.strip()}, but this model has layers 0 to {n_layers - 1}"
+            )
+        layers.update(range(first, last + 1))
+    return layers
+
+
+def _explain(pattern: str, catalogue: Mapping[str, HookPoint], n_layers: int) -> str:
+    if re.search(r"[^\w.*\[\],-]", pattern):
+        return f"hook {pattern!r} has characters that no hook name has; `actpipe hooks MODEL` lists the names"
+    numberless = re.sub(r"^blocks\.[^.]+\.", "blocks.0.", pattern)
+    hint = did_you_mean(numberless, catalogue)
+    return f"no hook of this {n_layers}-layer model matches {pattern!r}{hint}; `actpipe hooks MODEL` lists the names"

@@ -1,0 +1,1 @@
+"""Native Hugging Face models with TransformerLens' names. Only here: transformers, accelerate."""

@@ -1,0 +1,216 @@
+"""A native model that answers to TransformerLens' names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers import PreTrainedModel
+
+from actpipe.hooks import HookPoint, ModelShape, build_catalogue, select_hooks
+from actpipe.models.anatomy import Anatomy, find_anatomy
+from actpipe.models.capture import Capture, Sink
+from actpipe.models.loading import (
+    ModelSource,
+    dtype_name,
+    identify,
+    load_config,
+    load_native,
+    load_skeleton,
+    load_tokenizer,
+)
+from actpipe.models.taps import tap_for
+from actpipe.models.weights import Weights
+from actpipe.schemas.manifest import ModelIdentity
+
+InputIds = torch.Tensor | npt.NDArray[Any] | Sequence[int] | Sequence[Sequence[int]]
+
+
+class ModelSpec:
+    """What is known of a model without its weights: shape, hook points, tokenizer."""
+
+    def __init__(self, source: ModelSource) -> None:
+        self.source = source
+        self.config = load_config(source)
+        self.anatomy = find_anatomy(load_skeleton(source, self.config))
+
+    @property
+    def shape(self) -> ModelShape:
+        """Sizes of the model."""
+        return self.anatomy.shape
+
+    @cached_property
+    def hook_points(self) -> dict[str, HookPoint]:
+        """Every hook point by name, in firing order."""
+        return build_catalogue(self.shape)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        return load_tokenizer(self.source)
+
+    @property
+    def n_parameters(self) -> int:
+        """Number of weights; tied ones count once."""
+        return sum(parameter.numel() for parameter in self.anatomy.native.parameters())
+
+    def select(self, patterns: Iterable[str]) -> tuple[str, ...]:
+        """Resolve hook names and patterns; see `actpipe.hooks.select_hooks`."""
+        return select_hooks(patterns, self.hook_points, n_layers=self.shape.n_layers)
+
+
+class HookedModel:
+    """A causal language model of transformers, run as it is, read by TransformerLens' names."""
+
+    def __init__(self, native: PreTrainedModel, source: ModelSource) -> None:
+        self.native = native
+        self.source = source
+        self.anatomy: Anatomy = find_anatomy(native)
+        self.shape: ModelShape = self.anatomy.shape
+        self.hook_points: dict[str, HookPoint] = build_catalogue(self.shape)
+        self.weights = Weights(self.anatomy)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str,
+        *,
+        revision: str | None = None,
+        dtype: str = "auto",
+        device: str = "auto",
+        device_map: str | dict[str, int | str] | None = None,
+        trust_remote_code: bool = False,
+    ) -> Self:
+        """Load a model from the hub or a folder.
+
+        Args:
+            name: Hub name (`gpt2`) or a folder.
+            revision: Branch, tag or commit on the hub.
+            dtype: `float32`, `float16`, `bfloat16`, or `auto` for the checkpoint's own.
+            device: `cpu`, `cuda`, `cuda:1`; `auto` takes an accelerator where there is one.
+            device_map: Spread the model over devices with accelerate, in place of `device`.
+            trust_remote_code: Run code that comes with the model.
+
+        Raises:
+            ModelLoadError: There is no such model, or it cannot be read.
+            UnsupportedModelError: No entry says where its parts are.
+        """
+        source = ModelSource(name, revision, trust_remote_code)
+        load_config(source)
+        native = load_native(source, dtype=dtype, device=device, device_map=device_map)
+        return cls(native, source)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        return load_tokenizer(self.source)
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go: the device of the embedding."""
+        weight = self.anatomy.embed.weight
+        assert isinstance(weight, torch.Tensor)
+        return self.native.device if weight.device.type == "meta" else weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Element type of the computation."""
+        return self.native.dtype
+
+    @cached_property
+    def identity(self) -> ModelIdentity:
+        """Which model this is."""
+        return identify(
+            self.source, self.native.config, family=self.anatomy.family.name, dtype=dtype_name(self.dtype)
+        )
+
+    def select(self, patterns: Iterable[str]) -> tuple[str, ...]:
+        """Resolve hook names and patterns; see `actpipe.hooks.select_hooks`."""
+        return select_hooks(patterns, self.hook_points, n_layers=self.shape.n_layers)
+
+    def capture(self, names: Iterable[str], sink: Sink, *, stop: bool) -> Capture:
+        """Return hooks for exact names, to be used in a `with` block; see `Capture`."""
+        taps = [tap_for(self.anatomy, self.hook_points[name]) for name in names]
+        return Capture(self.anatomy, taps, sink, stop=stop)
+
+    def run_with_cache(
+        self,
+        input_ids: InputIds,
+        attention_mask: torch.Tensor | None = None,
+        names: Iterable[str] | None = None,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Run the model and keep named activations.
+
+        Args:
+            input_ids: `(batch, position)` token ids, or one sequence.
+            attention_mask: `(batch, position)`, 1 at real tokens. Positions count real tokens only.
+            names: Names or patterns; all hook points by default (`hook_result` only where it is named).
+
+        Returns:
+            Logits `(batch, position, d_vocab)`, and a dict from name to tensor in firing order, with
+            TransformerLens' shapes: `(batch, position, ...)`, scores and patterns
+            `(batch, head, query_position, key_position)`.
+
+        Raises:
+            UnknownHookError: A name means nothing for this model.
+            ValueError: The ids do not fit the model.
+        """
+        selected = self.select(["*"] if names is None else names)
+        kept: dict[str, torch.Tensor] = {}
+
+        def keep(name: str, tensor: torch.Tensor) -> None:
+            kept[name] = tensor.clone()
+
+        with torch.no_grad(), self.capture(selected, keep, stop=False) as capture:
+            output = capture.run(**self._inputs(input_ids, attention_mask))
+        cache = {name: kept[name] for name in selected}
+        for name in selected:
+            if self.hook_points[name].axes[-1] == "key_position":
+                cache[name] = cache[name].transpose(1, 2)
+        return output.logits, cache
+
+    def forward(self, input_ids: InputIds, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the logits `(batch, position, d_vocab)`, as the bare model computes them."""
+        with torch.no_grad():
+            output = self.native(use_cache=False, **self._inputs(input_ids, attention_mask))
+        logits: torch.Tensor = output.logits
+        return logits
+
+    def unembed(self, normalized: torch.Tensor) -> torch.Tensor:
+        """Return the logits of final-norm outputs `(..., d_model)`, as the model's head computes them."""
+        logits: torch.Tensor = self.anatomy.unembed(normalized)
+        return logits
+
+    def _inputs(self, input_ids: InputIds, attention_mask: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        ids = torch.as_tensor(np.asarray(input_ids) if not isinstance(input_ids, torch.Tensor) else input_ids)
+        ids = ids[None] if ids.ndim == 1 else ids
+        self.check_ids(ids)
+        inputs = {"input_ids": ids.to(self.device, torch.long)}
+        if attention_mask is None:
+            return inputs
+        mask = torch.as_tensor(attention_mask)
+        if mask.shape != ids.shape:
+            raise ValueError(f"attention_mask is {tuple(mask.shape)}, input_ids are {tuple(ids.shape)}")
+        mask = mask.to(self.device, torch.long)
+        inputs["attention_mask"] = mask
+        if bool((mask[:, 1:] > mask[:, :-1]).any()):
+            inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)
+        return inputs
+
+    def check_ids(self, ids: torch.Tensor) -> None:
+        """Refuse ids that the model cannot take.
+
+        Raises:
+            ValueError: Wrong rank, longer than the context, or outside the vocabulary.
+        """
+        if ids.ndim != 2 or ids.numel() == 0:
+            raise ValueError(f"input_ids must be (batch, position) and not empty, got shape {tuple(ids.shape)}")
+        if self.shape.learned_positions and ids.shape[1] > self.shape.n_ctx:
+            raise ValueError(f"{ids.shape[1]} positions, but this model has learned only {self.shape.n_ctx}")
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= self.shape.d_vocab:
+            raise ValueError(f"token id {low if low < 0 else high} is outside the vocabulary of {self.shape.d_vocab}")

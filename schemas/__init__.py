@@ -1,0 +1,1 @@
+"""The versioned contracts of everything on disk. Reading them needs pydantic and nothing else."""

@@ -1,0 +1,98 @@
+"""What a run folder says of itself: the run record, the token table and the store's manifest."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from actpipe.schemas.base import Contract
+from actpipe.schemas.recipe import Name
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class ModelIdentity(Contract):
+    """Which model it was."""
+
+    name: str
+    """Hub name, or the last piece of the folder's path."""
+    revision: str | None
+    """Commit on the hub, where it came from there."""
+    family: str
+    """The entry under which its parts were found."""
+    fingerprint: Sha256
+    """SHA-256 over the configuration and over size and sampled bytes of every weight file."""
+    dtype: str
+    """Element type of the computation."""
+
+
+class TokenTableManifest(Contract):
+    """What the token table holds: written once it is whole, so its presence means that it is."""
+
+    schema_version: Literal[1] = 1
+    layout: Literal["packed", "documents", "tl2", "tl3"]
+    context_length: PositiveInt
+    n_documents: NonNegativeInt
+    n_sequences: NonNegativeInt
+    n_rows: NonNegativeInt
+    n_truncated: NonNegativeInt
+    """Tokens that the source had and that were cut off."""
+    status_counts: dict[str, int]
+    """Documents by what became of them."""
+    bos_id: int | None
+    """Id that stands at position 0 of every sequence, or none."""
+    separator_id: int | None
+    """Id that stands after every document in the packed layout, or none."""
+    pad_id: int | None
+    """Id with which TransformerLens pads a short row; known for compat layouts only, never stored."""
+    dataset: str
+    """The dataset, for people."""
+    dataset_fingerprint: str | None
+    """Fingerprint that `datasets` gives, where it gives one."""
+    tokenizer_sha256: Sha256 | None
+    """SHA-256 of `tokenizer/tokenizer.json`."""
+    checksums: dict[str, str]
+    """CRC-32C of each file of the table, eight hexadecimal digits."""
+
+
+class ArrayManifest(Contract):
+    """One array of a store."""
+
+    path: str
+    """Path in the Zarr group: `activations/blocks.3.hook_resid_post`."""
+    dtype: str
+    row_shape: tuple[PositiveInt, ...]
+    """Shape of one row; empty for one number per token."""
+    axes: tuple[str, ...]
+    """Names of the axes, `row` first; Zarr's `dimension_names`."""
+
+
+class StoreManifest(Contract):
+    """The store as a whole; kept in the attributes of its Zarr group."""
+
+    format: Literal["actpipe-store"] = "actpipe-store"
+    schema_version: Literal[1] = 1
+    corpus: Name
+    n_rows: NonNegativeInt
+    rows_per_part: PositiveInt
+    """Rows of a part, which are those of every array's chunk."""
+    context_length: PositiveInt
+    convention: Literal["native"] = "native"
+    """Values are the native model's own; names mean what TransformerLens 2.16 means by them."""
+    codec: Literal["none"] = "none"
+    """Chunk files hold the row-major array, little-endian, and nothing else."""
+    model: ModelIdentity
+    arrays: tuple[ArrayManifest, ...]
+
+
+class RunRecord(Contract):
+    """`run.yaml`: the resolved recipe and what it was run with."""
+
+    schema_version: Literal[1] = 1
+    actpipe_version: str
+    libraries: dict[str, str]
+    """Version of each library that can change a value."""
+    recipe: dict[str, object]
+    """The recipe with every default filled in."""
+    model: ModelIdentity

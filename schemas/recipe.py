@@ -1,0 +1,264 @@
+"""The recipe: a model and the stages of a run, with one settings model for each stage."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, PositiveInt, StringConstraints, model_validator
+
+from actpipe.schemas.base import Contract
+
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=64)]
+NonEmpty = Annotated[str, StringConstraints(min_length=1)]
+Dtype = Literal["float32", "float16", "bfloat16"]
+
+
+class ModelConfig(Contract):
+    """Which model is run, and where."""
+
+    name: NonEmpty
+    """A Hugging Face hub name (`gpt2`) or a folder, relative to the recipe's own folder."""
+    revision: NonEmpty | None = None
+    """Branch, tag or commit on the hub."""
+    dtype: Literal["auto"] | Dtype = "auto"
+    """Element type of the weights and of the computation; `auto` keeps the checkpoint's own."""
+    device: NonEmpty = "auto"
+    """`cpu`, `cuda`, `cuda:1`, `mps`; `auto` takes an accelerator where there is one. Not part of what is stored."""
+    device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | dict[str, int | str] | None = None
+    """Spread one model over several devices with accelerate; then `device` must stay `auto`."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Off: such models are refused."""
+
+    @model_validator(mode="after")
+    def _one_placement(self) -> Self:
+        if self.device_map is not None and self.device != "auto":
+            raise ValueError(f"device_map ({self.device_map}) and device ({self.device}) exclude each other")
+        return self
+
+
+class DatasetConfig(Contract):
+    """A Hugging Face dataset, or local files."""
+
+    path: NonEmpty
+    """A hub name, a folder, a file or a pattern (`data/*.jsonl`), relative to the recipe's own folder."""
+    config: NonEmpty | None = None
+    """Name of the configuration (subset) on the hub."""
+    split: NonEmpty = "train"
+    """Split, in the syntax of `datasets`: `train`, `train[:10%]`."""
+    revision: NonEmpty | None = None
+    """Branch, tag or commit on the hub."""
+    streaming: bool = False
+    """Read without downloading or converting the whole dataset first."""
+    format: Literal["auto", "parquet", "json", "csv", "text", "arrow"] = "auto"
+    """File format; `auto` goes by the file's ending."""
+    column: NonEmpty = "text"
+    """The column with the text, the chat messages or the token ids."""
+    column_type: Literal["auto", "text", "messages", "token_ids"] = "auto"
+    """What that column holds; `auto` looks at the dataset's features or its first value."""
+    id_column: NonEmpty | None = None
+    """Column that names each document; without it `id` is used where it exists, else the row number."""
+    text_by: Literal["line", "paragraph", "document"] = "line"
+    """What one document is in a plain text file: a line, a paragraph, the whole file."""
+    chat_template: NonEmpty | None = None
+    """Jinja template for the messages in place of the tokenizer's own."""
+
+
+class RepeatedTokensConfig(Contract):
+    """Built-in source: random tokens repeated, on which induction heads show."""
+
+    kind: Literal["repeated_tokens"] = "repeated_tokens"
+    n_documents: PositiveInt = 64
+    """Number of sequences."""
+    period: PositiveInt = 64
+    """Length of the random piece, in tokens."""
+    repeats: Annotated[int, Field(ge=2)] = 2
+    """How often the piece stands in the sequence."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the generator; the same seed gives the same tokens everywhere."""
+
+
+class StageConfig(Contract):
+    """What every stage has."""
+
+    corpus: Name = "main"
+    """Which corpus of the run the stage works on; `main` is the run folder itself, others are folders in it."""
+
+
+class TokenizeTextConfig(StageConfig):
+    """Settings of the stage `tokenize_text`: dataset -> token table."""
+
+    stage: Literal["tokenize_text"] = "tokenize_text"
+    dataset: DatasetConfig | None = None
+    """The documents; either this or `synthetic`."""
+    synthetic: RepeatedTokensConfig | None = None
+    """Documents made on the spot; either this or `dataset`."""
+    context_length: PositiveInt
+    """Longest model input, in tokens, BOS included."""
+    layout: Literal["packed", "documents"] = "packed"
+    """`packed`: documents joined by EOS and cut at exactly `context_length`; `documents`: each document its own."""
+    compat: Literal["none", "tl2", "tl3"] = "none"
+    """Reproduce TransformerLens' `tokenize_and_concatenate` of version 2 or 3 to the id, with what it loses."""
+    compat_num_proc: PositiveInt = 1
+    """`num_proc` of the call to reproduce (its default is 10): it moves the borders of the batches."""
+    overflow: Literal["truncate", "windows"] = "truncate"
+    """What happens to a document longer than the context in the layout `documents`."""
+    stride: PositiveInt | None = None
+    """Windows start this many tokens apart; the overlap is context only and each token is stored once."""
+    prepend_bos: bool | Literal["model"] = "model"
+    """Start every model input with BOS; `model` does what TransformerLens does for this family."""
+    min_document_tokens: Annotated[int, Field(ge=0)] = 0
+    """Leave out documents with fewer tokens."""
+    max_document_tokens: PositiveInt | None = None
+    """Leave out documents with more tokens."""
+    max_documents: PositiveInt | None = None
+    """Stop after this many documents of the dataset."""
+    max_tokens: PositiveInt | None = None
+    """Stop after this many rows; the document at the border is cut, and that is recorded."""
+    keep_columns: Literal["all", "none"] | tuple[NonEmpty, ...] = "all"
+    """Columns of the dataset to copy into documents.parquet; `all` means all with simple values."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.dataset is None) == (self.synthetic is None):
+            raise ValueError("give exactly one of `dataset` and `synthetic`")
+        return self
+
+    @model_validator(mode="after")
+    def _layout_fits(self) -> Self:
+        windows = self.layout == "documents" and self.overflow == "windows"
+        if self.layout == "packed" and self.overflow == "windows":
+            raise ValueError("`overflow: windows` needs `layout: documents`")
+        if self.stride is not None and not windows:
+            raise ValueError("`stride` needs `layout: documents` and `overflow: windows`")
+        if self.stride is not None and self.stride > self.context_length:
+            raise ValueError(
+                f"stride ({self.stride}) is longer than context_length ({self.context_length}): tokens would be lost"
+            )
+        if self.compat != "none" and (self.layout != "packed" or self.synthetic is not None):
+            raise ValueError("`compat` needs `layout: packed` and a `dataset`")
+        if self.compat_num_proc != 1 and self.compat == "none":
+            raise ValueError("`compat_num_proc` needs `compat: tl2` or `tl3`")
+        return self
+
+    @model_validator(mode="after")
+    def _lengths_fit(self) -> Self:
+        if self.max_document_tokens is not None and self.min_document_tokens > self.max_document_tokens:
+            raise ValueError(
+                f"min_document_tokens ({self.min_document_tokens}) is above "
+                f"max_document_tokens ({self.max_document_tokens})"
+            )
+        if self.compat != "none" and (self.min_document_tokens or self.max_document_tokens or self.max_tokens):
+            raise ValueError("`compat` goes with `max_documents` only, not with limits counted in tokens")
+        return self
+
+
+class ExtractActivationsConfig(StageConfig):
+    """Settings of the stage `extract_activations`: token table -> activation store."""
+
+    stage: Literal["extract_activations"] = "extract_activations"
+    hooks: tuple[NonEmpty, ...] = ()
+    """TransformerLens names; `*` and lists such as `[0-5]` or `[0,-1]` stand for layer numbers."""
+    metrics: tuple[Literal["loss", "entropy", "correct", "correct_logit"], ...] = ()
+    """Of the next token: loss and entropy in nats, whether the top prediction was right, its logit."""
+    dtype: Literal["model"] | Dtype = "model"
+    """Element type on disk; `model` keeps the model's own."""
+    on_overflow: Literal["error", "clip"] = "error"
+    """What to do with finite values too large for `dtype`: stop and name them, or clip to the largest."""
+    rows_per_part: PositiveInt | Literal["auto"] = "auto"
+    """Rows per part: one chunk of every array, the least that one commit adds. `auto`: at most 65,536, even."""
+    batch_tokens: PositiveInt = 8192
+    """Most tokens in one forward pass, padding included; a longer sequence runs alone."""
+    queue_batches: PositiveInt = 2
+    """Most batches that wait for the disk before the forward pass waits too."""
+    fsync: bool = True
+    """Force each part to the disk before it is committed: survives power loss, not only a killed process."""
+
+    @model_validator(mode="after")
+    def _something_to_store(self) -> Self:
+        if not self.hooks and not self.metrics:
+            raise ValueError("nothing to store: name `hooks`, `metrics` or both")
+        return self
+
+
+class AnalysisConfig(StageConfig):
+    """What every analysis has."""
+
+    name: Name | None = None
+    """Name of the result; by default that of the stage."""
+    block_bytes: PositiveInt = 256 * 2**20
+    """Memory that one block of rows may take while it is computed, in bytes."""
+
+
+class DecomposeResidualConfig(AnalysisConfig):
+    """Settings of the stage `decompose_residual`: how much each component writes to the residual stream."""
+
+    stage: Literal["decompose_residual"] = "decompose_residual"
+    layer: Annotated[int, Field(ge=0)] | None = None
+    """Decompose the residual stream entering this layer; by default that leaving the last one."""
+
+
+class AttributeLogitsConfig(AnalysisConfig):
+    """Settings of the stage `attribute_logits`: direct attribution of the correct next token's logit."""
+
+    stage: Literal["attribute_logits"] = "attribute_logits"
+    heads: bool = True
+    """Attribute to every head too; needs `attn.hook_z` of every layer."""
+    keep_rows: bool = False
+    """Keep the attribution of every row, not only the means by component and position."""
+
+
+class ScoreHeadsConfig(AnalysisConfig):
+    """Settings of the stage `score_heads`: how close each head comes to a known pattern."""
+
+    stage: Literal["score_heads"] = "score_heads"
+    patterns: tuple[Literal["previous_token_head", "duplicate_token_head", "induction_head"], ...] = (
+        "previous_token_head",
+        "duplicate_token_head",
+        "induction_head",
+    )
+    """Detection patterns, by TransformerLens' names."""
+    exclude_bos: bool = False
+    """Leave out attention to the first position."""
+    exclude_current_token: bool = False
+    """Leave out attention of a token to itself."""
+
+
+class WriteReportConfig(StageConfig):
+    """Settings of the stage `write_report`: every result of the run in one page."""
+
+    stage: Literal["write_report"] = "write_report"
+    title: NonEmpty | None = None
+    """Heading of the page; by default the recipe's name."""
+
+
+BUILT_IN_STAGES: tuple[type[StageConfig], ...] = (
+    TokenizeTextConfig,
+    ExtractActivationsConfig,
+    DecomposeResidualConfig,
+    AttributeLogitsConfig,
+    ScoreHeadsConfig,
+    WriteReportConfig,
+)
+
+AnyStage = Annotated[
+    TokenizeTextConfig
+    | ExtractActivationsConfig
+    | DecomposeResidualConfig
+    | AttributeLogitsConfig
+    | ScoreHeadsConfig
+    | WriteReportConfig,
+    Field(discriminator="stage"),
+]
+
+
+class Recipe(Contract):
+    """A whole run: one model, and the stages in the order in which they happen."""
+
+    schema_version: Literal[1] = 1
+    """Version of this format."""
+    name: Name | None = None
+    """Name of the run; by default that of the recipe's file. The run folder is `runs/NAME`."""
+    model: ModelConfig
+    """The model that every stage uses."""
+    stages: Annotated[tuple[AnyStage, ...], Field(min_length=1)]
+    """What is done, from top to bottom."""
