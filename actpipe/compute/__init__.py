@@ -1,0 +1,1 @@
+"""Pure functions: arrays in, arrays out. No files, no clocks, no state."""

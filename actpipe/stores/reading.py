@@ -1,0 +1,271 @@
+"""Read a store: Dask arrays, single rows, whole documents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from actpipe.errors import IncompleteStoreError, UnknownHookError, did_you_mean
+from actpipe.planning import count_parts
+from actpipe.schemas.manifest import ArrayManifest, StoreManifest
+from actpipe.stores.dtypes import numpy_dtype
+from actpipe.stores.layout import RunFolder
+from actpipe.stores.token_table import TokenTable
+from actpipe.stores.writing import chunk_path, committed_parts, read_manifest
+
+_OPEN_CHUNKS = 512
+
+
+def _map_chunk(path: Path, dtype: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+    """Map a chunk file into memory; only what is touched is read."""
+    status = path.stat()
+    return _map_file(path, dtype, shape, (status.st_ino, status.st_mtime_ns))
+
+
+@lru_cache(maxsize=_OPEN_CHUNKS)
+def _map_file(path: Path, dtype: str, shape: tuple[int, ...], version: tuple[int, int]) -> npt.NDArray[Any]:
+    """Map one version of a file: a chunk that was written anew is mapped anew."""
+    del version
+    raw = np.memmap(path, mode="r", dtype=np.uint8)
+    return np.asarray(raw).view(numpy_dtype(dtype)).reshape(shape)
+
+
+@dataclass(frozen=True)
+class StoredArray:
+    """One array of a store as numpy sees arrays: shape, element type, slices. Small, and can be sent to workers."""
+
+    store: Path
+    manifest: ArrayManifest
+    n_rows: int
+    rows_per_part: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Rows first."""
+        return (self.n_rows, *self.manifest.row_shape)
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        return len(self.shape)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Element type on disk."""
+        return numpy_dtype(self.manifest.dtype)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
+        return int(np.prod(self.manifest.row_shape, dtype=np.int64)) * self.dtype.itemsize
+
+    def part(self, index: int) -> npt.NDArray[Any]:
+        """Return one part, mapped and not yet read."""
+        path = self.store / chunk_path(self.manifest, index)
+        chunk = _map_chunk(path, self.manifest.dtype, (self.rows_per_part, *self.manifest.row_shape))
+        return chunk[: self.n_rows - index * self.rows_per_part]
+
+    def read(self, start: int, stop: int) -> npt.NDArray[Any]:
+        """Return rows `[start, stop)`; a view of the mapped file where one part holds them all."""
+        first, last = start // self.rows_per_part, max(start, stop - 1) // self.rows_per_part
+        pieces = [
+            self.part(part)[max(0, start - part * self.rows_per_part) : stop - part * self.rows_per_part]
+            for part in range(first, last + 1)
+        ]
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def take(self, indices: npt.ArrayLike) -> npt.NDArray[Any]:
+        """Return the rows at `indices`, in that order, repeated where an index is.
+
+        Raises:
+            IndexError: An index is not a row of the store.
+        """
+        wanted = np.asarray(indices)
+        if wanted.dtype == np.bool_:
+            raise IndexError("give row numbers, not a mask; np.flatnonzero(mask) makes them")
+        wanted = wanted.astype(np.int64, casting="same_kind") if wanted.size else wanted.astype(np.int64)
+        if wanted.ndim != 1:
+            raise IndexError(f"row numbers must be one list, got shape {wanted.shape}")
+        if wanted.size and not (0 <= wanted.min() and wanted.max() < self.n_rows):
+            wrong = wanted.min() if wanted.min() < 0 else wanted.max()
+            raise IndexError(f"row {wrong} is not one of the {self.n_rows} rows of {self.manifest.path}")
+        result = np.empty((len(wanted), *self.manifest.row_shape), self.dtype)
+        parts = wanted // self.rows_per_part
+        for part in np.unique(parts):
+            chosen = np.flatnonzero(parts == part)
+            result[chosen] = self.part(int(part))[wanted[chosen] - part * self.rows_per_part]
+        return result
+
+    def __getitem__(self, key: Any) -> npt.NDArray[Any]:
+        """Index as numpy does: slices and row numbers on the first axis, anything numpy takes on the others."""
+        rows, rest = (key[0], key[1:]) if isinstance(key, tuple) else (key, ())
+        if rows is Ellipsis:
+            rows, rest = slice(None), (Ellipsis, *rest)
+        if isinstance(rows, slice):
+            start, stop, step = rows.indices(self.n_rows)
+            if step == 1:
+                block = self.read(start, max(start, stop))
+            else:
+                block = self.take(np.arange(start, stop, step))
+            return block[(slice(None), *rest)] if rest else block
+        if isinstance(rows, int | np.integer):
+            return self.take([rows])[(0, *rest)]
+        block = self.take(np.asarray(rows))
+        return block[(slice(None), *rest)] if rest else block
+
+
+@dataclass(frozen=True)
+class StoredDocument:
+    """One document: its tokens, its text, and its rows of every array."""
+
+    index: int
+    columns: Mapping[str, Any]
+    """Its row of documents.parquet."""
+    rows: npt.NDArray[np.int64]
+    """Row numbers of its tokens, in order; empty where it was left out."""
+    store: ActivationStore = field(repr=False)
+
+    @property
+    def id(self) -> str:
+        """The document's own name in the dataset."""
+        return str(self.columns["id"])
+
+    @cached_property
+    def input_ids(self) -> npt.NDArray[np.int32]:
+        """Its token ids."""
+        return self.store.array("tokens/input_ids").take(self.rows)
+
+    @property
+    def text(self) -> str:
+        """Its tokens as text, decoded with the tokenizer kept in the run folder."""
+        return self.store.decode(self.input_ids)
+
+    def __getitem__(self, name: str) -> npt.NDArray[Any]:
+        """Return the document's rows of one array."""
+        return self.store.array(name).take(self.rows)
+
+
+class ActivationStore:
+    """An activation store, open for reading.
+
+    `store["blocks.3.hook_resid_post"]` is a Dask array `(n_rows, d_model)`; the names `tokens/input_ids`,
+    `tokens/position`, `tokens/sequence` and `metrics/loss` work in the same way.
+    """
+
+    def __init__(self, folder: RunFolder, decode: Callable[[RunFolder, npt.NDArray[Any]], str] | None = None) -> None:
+        if not folder.store.is_dir():
+            raise IncompleteStoreError(f"{folder.root} holds no activation store; it has no store.zarr")
+        self.folder = folder
+        self.manifest: StoreManifest = read_manifest(folder)
+        self._decode = decode
+        self._by_name = {array.path: array for array in self.manifest.arrays}
+        self._by_name |= {array.path.removeprefix("activations/"): array for array in self.manifest.arrays}
+
+    def require_complete(self) -> None:
+        """Refuse to go on where parts are missing.
+
+        Raises:
+            IncompleteStoreError: Says how many, and what to do.
+        """
+        done, n_parts = len(committed_parts(self.folder)), self.n_parts
+        if done < n_parts:
+            raise IncompleteStoreError(
+                f"{self.folder.store} has {done} of {n_parts} parts; run its recipe again to finish it, "
+                "or open it with partial=True and read committed rows only"
+            )
+
+    @property
+    def n_rows(self) -> int:
+        """Tokens stored."""
+        return self.manifest.n_rows
+
+    @property
+    def n_parts(self) -> int:
+        """Parts that hold them."""
+        return count_parts(self.manifest.n_rows, self.manifest.rows_per_part)
+
+    @property
+    def hook_names(self) -> tuple[str, ...]:
+        """The stored activations, in firing order."""
+        prefix = "activations/"
+        return tuple(a.path.removeprefix(prefix) for a in self.manifest.arrays if a.path.startswith(prefix))
+
+    @property
+    def array_names(self) -> tuple[str, ...]:
+        """Every array, by its path in the Zarr group."""
+        return tuple(array.path for array in self.manifest.arrays)
+
+    @cached_property
+    def tokens(self) -> TokenTable:
+        """The token table that the store was made from."""
+        return TokenTable(self.folder)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._by_name
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.array_names)
+
+    def array(self, name: str) -> StoredArray:
+        """Return one array, lazily, with numpy's indexing.
+
+        Raises:
+            UnknownHookError: The store has no such array.
+        """
+        if name not in self._by_name:
+            raise UnknownHookError(
+                f"{self.folder.store} has no array {name!r}{did_you_mean(name, self._by_name)}; "
+                f"it has {len(self.array_names)}, `actpipe info {self.folder.root}` lists them"
+            )
+        manifest = self._by_name[name]
+        return StoredArray(self.folder.store.resolve(), manifest, self.n_rows, self.manifest.rows_per_part)
+
+    def __getitem__(self, name: str) -> Any:
+        """Return one array as a Dask array whose blocks are the parts, mapped from disk."""
+        import dask.array as da
+        from dask.tokenize import tokenize
+
+        array = self.array(name)
+        chunks = (self.manifest.rows_per_part, *array.manifest.row_shape)
+        key = f"{array.manifest.path}-{tokenize(str(array.store), array.manifest.path, array.shape)}"
+        return da.from_array(array, chunks=chunks, name=key, asarray=False, fancy=True)
+
+    def rows(self, name: str, indices: npt.ArrayLike) -> npt.NDArray[Any]:
+        """Return rows of one array by number, fast and in the order asked for."""
+        return self.array(name).take(indices)
+
+    def document(self, index: int) -> StoredDocument:
+        """Return one document.
+
+        Raises:
+            IndexError: There is no such document.
+        """
+        columns = self.tokens.read_document(index)
+        return StoredDocument(index, columns, self._rows_of(columns), self)
+
+    def _rows_of(self, columns: Mapping[str, Any]) -> npt.NDArray[np.int64]:
+        if columns["row_start"] is None:
+            return np.empty(0, np.int64)
+        rows = np.arange(columns["row_start"], columns["row_stop"], dtype=np.int64)
+        table = self.tokens.manifest
+        if table.bos_id is not None:
+            rows = rows[self.array("tokens/position").take(rows) != 0]
+        if table.separator_id is not None and len(rows) > columns["n_tokens"]:
+            rows = rows[: columns["n_tokens"]]
+        return rows
+
+    def decode(self, ids: npt.NDArray[Any]) -> str:
+        """Turn token ids into text with the tokenizer kept in the run folder.
+
+        Raises:
+            IncompleteStoreError: The run has no tokenizer.
+        """
+        if self._decode is None or not self.folder.tokenizer.is_dir():
+            raise IncompleteStoreError(f"{self.folder.root} keeps no tokenizer, so ids cannot be turned into text")
+        return self._decode(self.folder, ids)

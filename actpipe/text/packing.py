@@ -1,0 +1,199 @@
+"""From tokenized documents to model inputs: whole documents joined, or each document its own.
+
+Both are generators that yield, in order, every sequence and every document's row of the table,
+and that hold one document and one unfinished sequence at a time. No token is lost or doubled:
+a token is in exactly one row, or it is counted as truncated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from actpipe.records import DocumentRow, DocumentStatus, Sequence, TokenIds, TokenizedDocument
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How documents become sequences."""
+
+    context_length: int
+    bos_id: int | None = None
+    """Stands at position 0 of every sequence, if any."""
+    separator_id: int | None = None
+    """Stands after every document (packed layout only), if any."""
+    stride: int | None = None
+    """Distance of windows in tokens of the document; None cuts a document after one sequence."""
+    max_rows: int | None = None
+    """Stop after this many rows."""
+
+    def __post_init__(self) -> None:
+        if self.room < 1:
+            raise ValueError(f"context_length ({self.context_length}) leaves no room for a token beside BOS")
+
+    @property
+    def room(self) -> int:
+        """Tokens of documents that fit into one sequence."""
+        return self.context_length - (self.bos_id is not None)
+
+
+def pack(documents: Iterable[TokenizedDocument], settings: Packing) -> Iterator[DocumentRow | Sequence]:
+    """Join documents, each followed by the separator, and cut at exactly the context length.
+
+    The last sequence may be shorter. A document's rows are those from its first token to its
+    separator; BOS rows of sequences that begin inside it lie between them and are not its own.
+    """
+    assembler = _Assembler(settings)
+    separator = np.empty(0, np.int32) if settings.separator_id is None else np.int32([settings.separator_id])
+    for document in documents:
+        if assembler.is_full:
+            break
+        if document.status is not DocumentStatus.OK:
+            yield _without_rows(document)
+            continue
+        yield from assembler.append(document, np.concatenate([document.ids, separator]))
+    yield from assembler.finish()
+
+
+class _Assembler:
+    """The unfinished sequence, and how many rows there are so far."""
+
+    def __init__(self, settings: Packing) -> None:
+        self._settings = settings
+        self._pieces: list[TokenIds] = []
+        self._length = 0
+        self._sequence = 0
+        self._first_row = 0
+        self._first_token = (0, 0)
+
+    @property
+    def _row(self) -> int:
+        return self._first_row + self._length
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no further row may be added."""
+        limit = self._settings.max_rows
+        return limit is not None and self._row + (self._length == 0 and self._settings.bos_id is not None) >= limit
+
+    def append(self, document: TokenizedDocument, ids: TokenIds) -> Iterator[DocumentRow | Sequence]:
+        """Add one document's tokens, yielding sequences as they fill up and then the document's own row."""
+        taken, row_start = 0, None
+        while taken < len(ids) and not self.is_full:
+            if self._length == 0:
+                self._open(document.index, taken)
+            if row_start is None:
+                row_start = self._row
+            piece = ids[taken : taken + self._space()]
+            self._pieces.append(piece)
+            self._length += len(piece)
+            taken += len(piece)
+            if self._length == self._settings.context_length:
+                yield self._close()
+        own = min(taken, len(document.ids))
+        row_stop = row_start if row_start is None else self._row
+        yield _with_rows(document, own, row_start, row_stop)
+
+    def _space(self) -> int:
+        free = self._settings.context_length - self._length
+        limit = self._settings.max_rows
+        return free if limit is None else min(free, limit - self._row)
+
+    def _open(self, document: int, start: int) -> None:
+        self._first_token = (document, start)
+        if self._settings.bos_id is not None:
+            self._pieces.append(np.int32([self._settings.bos_id]))
+            self._length = 1
+
+    def _close(self) -> Sequence:
+        document, start = self._first_token
+        sequence = Sequence(
+            sequence=self._sequence,
+            document=document,
+            start=start,
+            n_context=0,
+            first_row=self._first_row,
+            ids=np.concatenate(self._pieces),
+        )
+        self._sequence += 1
+        self._first_row, self._pieces, self._length = sequence.row_stop, [], 0
+        return sequence
+
+    def finish(self) -> Iterator[Sequence]:
+        """Yield what is left as a shorter sequence."""
+        if self._length:
+            yield self._close()
+
+
+def split(documents: Iterable[TokenizedDocument], settings: Packing) -> Iterator[DocumentRow | Sequence]:
+    """Make each document its own sequences: one, cut at the context length, or windows over all of it.
+
+    Windows start `stride` tokens apart. What two windows share is context of the second and has its
+    rows in the first, so every token is stored once, with at least `room - stride` tokens before it.
+    """
+    n_sequences, row = 0, 0
+    for document in documents:
+        if settings.max_rows is not None and row >= settings.max_rows:
+            return
+        if document.status is not DocumentStatus.OK:
+            yield _without_rows(document)
+            continue
+        row_start, stored = row, 0
+        for start, n_context, ids in _windows(document.ids, settings):
+            room = len(ids) - n_context
+            if settings.max_rows is not None:
+                room = min(room, settings.max_rows - row)
+            if room <= (settings.bos_id is not None and n_context == 0):
+                break
+            sequence = Sequence(
+                sequence=n_sequences,
+                document=document.index,
+                start=start,
+                n_context=n_context,
+                first_row=row,
+                ids=ids[: n_context + room],
+            )
+            yield sequence
+            n_sequences, row = n_sequences + 1, sequence.row_stop
+            stored += room - (settings.bos_id is not None and n_context == 0)
+        if stored == 0:
+            return
+        yield _with_rows(document, stored, row_start, row)
+
+
+def _windows(ids: TokenIds, settings: Packing) -> Iterator[tuple[int, int, TokenIds]]:
+    """Yield (start of the new tokens in the document, tokens of context, ids of the whole input)."""
+    bos = np.empty(0, np.int32) if settings.bos_id is None else np.int32([settings.bos_id])
+    room = settings.room
+    yield 0, 0, np.concatenate([bos, ids[:room]])
+    if settings.stride is None:
+        return
+    stored = min(room, len(ids))
+    first = 0
+    while stored < len(ids):
+        first += settings.stride
+        stop = min(first + room, len(ids))
+        if stop > stored:
+            yield stored, len(bos) + stored - first, np.concatenate([bos, ids[first:stop]])
+            stored = stop
+
+
+def _without_rows(document: TokenizedDocument) -> DocumentRow:
+    return DocumentRow(document.index, document.id, document.status, 0, 0, None, None, document.columns)
+
+
+def _with_rows(
+    document: TokenizedDocument, n_tokens: int, row_start: int | None, row_stop: int | None
+) -> DocumentRow:
+    return DocumentRow(
+        document=document.index,
+        id=document.id,
+        status=document.status,
+        n_tokens=n_tokens,
+        n_truncated=len(document.ids) - n_tokens,
+        row_start=row_start,
+        row_stop=row_stop,
+        columns=document.columns,
+    )
