@@ -27,6 +27,24 @@ class ModelIdentity(Contract):
     """Element type of the computation."""
 
 
+class ShapeRecord(Contract):
+    """Sizes and structure of the model: enough to know its hook points without it."""
+
+    n_layers: PositiveInt
+    d_model: PositiveInt
+    n_heads: PositiveInt
+    n_kv_heads: PositiveInt
+    d_head: PositiveInt
+    d_mlp: PositiveInt
+    d_vocab: PositiveInt
+    n_ctx: PositiveInt
+    norm: Literal["LN", "RMS"]
+    learned_positions: bool
+    rotary: bool
+    parallel: bool
+    gated: bool
+
+
 class TokenTableManifest(Contract):
     """What the token table holds: written once it is whole, so its presence means that it is."""
 
@@ -40,6 +58,8 @@ class TokenTableManifest(Contract):
     """Tokens that the source had and that were cut off."""
     status_counts: dict[str, int]
     """Documents by what became of them."""
+    first_problems: dict[str, tuple[str, ...]]
+    """The first few ids of documents left out, by the reason."""
     bos_id: int | None
     """Id that stands at position 0 of every sequence, or none."""
     separator_id: int | None
@@ -83,6 +103,7 @@ class StoreManifest(Contract):
     codec: Literal["none"] = "none"
     """Chunk files hold the row-major array, little-endian, and nothing else."""
     model: ModelIdentity
+    shape: ShapeRecord
     arrays: tuple[ArrayManifest, ...]
 
 

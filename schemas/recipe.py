@@ -168,8 +168,8 @@ class ExtractActivationsConfig(StageConfig):
     """Rows per part: one chunk of every array, the least that one commit adds. `auto`: at most 65,536, even."""
     batch_tokens: PositiveInt = 8192
     """Most tokens in one forward pass, padding included; a longer sequence runs alone."""
-    queue_batches: PositiveInt = 2
-    """Most batches that wait for the disk before the forward pass waits too."""
+    queue_bytes: PositiveInt = 256 * 2**20
+    """Most bytes that wait for the disk before the forward pass waits too."""
     fsync: bool = True
     """Force each part to the disk before it is committed: survives power loss, not only a killed process."""
 
@@ -187,6 +187,12 @@ class AnalysisConfig(StageConfig):
     """Name of the result; by default that of the stage."""
     block_bytes: PositiveInt = 256 * 2**20
     """Memory that one block of rows may take while it is computed, in bytes."""
+
+
+class SummarizeMetricsConfig(AnalysisConfig):
+    """Settings of the stage `summarize_metrics`: stored metrics, such as the loss, by position."""
+
+    stage: Literal["summarize_metrics"] = "summarize_metrics"
 
 
 class DecomposeResidualConfig(AnalysisConfig):
@@ -234,6 +240,7 @@ class WriteReportConfig(StageConfig):
 BUILT_IN_STAGES: tuple[type[StageConfig], ...] = (
     TokenizeTextConfig,
     ExtractActivationsConfig,
+    SummarizeMetricsConfig,
     DecomposeResidualConfig,
     AttributeLogitsConfig,
     ScoreHeadsConfig,
@@ -243,6 +250,7 @@ BUILT_IN_STAGES: tuple[type[StageConfig], ...] = (
 AnyStage = Annotated[
     TokenizeTextConfig
     | ExtractActivationsConfig
+    | SummarizeMetricsConfig
     | DecomposeResidualConfig
     | AttributeLogitsConfig
     | ScoreHeadsConfig

@@ -13,7 +13,7 @@ class ResultRecord(Contract):
 
     schema_version: Literal[1] = 1
     name: Name
-    kind: Literal["residual", "attribution", "heads"]
+    kind: Literal["metrics", "residual", "attribution", "heads"]
     """What the numbers are, for the report."""
     corpus: Name
     settings: dict[str, object]

@@ -1,0 +1,1 @@
+"""One file per step of a run. Each only joins what the library has."""

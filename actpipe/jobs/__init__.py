@@ -1,0 +1,1 @@
+"""Where work runs, and how stores become Dask graphs. Only here: dask."""

@@ -40,6 +40,7 @@ class Capture(AbstractContextManager["Capture"]):
         self._sink = sink
         self._stop = stop
         self._pending: set[str] = set()
+        self._running = False
         self._batch_size = 0
         self._handles: list[Any] = []
         self._observed: list[nn.Module] = []
@@ -77,10 +78,13 @@ class Capture(AbstractContextManager["Capture"]):
         self._batch_size = input_ids.shape[0]
         output = None
         if self._pending or not self._stop:
+            self._running = True
             try:
                 output = self._native(input_ids=input_ids, use_cache=False, **kwargs)
             except _EverythingCaptured:
                 output = None
+            finally:
+                self._running = False
         if self._pending:
             raise IdentityError(
                 f"{sorted(self._pending)[0]} was never reached in the forward pass of "
@@ -110,6 +114,8 @@ class Capture(AbstractContextManager["Capture"]):
             self._handles.append(module.register_forward_hook(after))
 
     def _deliver(self, taps: list[Tap], value: Any) -> None:
+        if not self._running:
+            return
         for tap in taps:
             tensor = tap.read(value)
             if tensor.shape[0] != self._batch_size:

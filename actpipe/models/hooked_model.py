@@ -16,14 +16,14 @@ from actpipe.models.anatomy import Anatomy, find_anatomy
 from actpipe.models.capture import Capture, Sink
 from actpipe.models.loading import (
     ModelSource,
-    dtype_name,
+    compute_dtype,
     identify,
     load_config,
     load_native,
     load_skeleton,
     load_tokenizer,
 )
-from actpipe.models.taps import tap_for
+from actpipe.models.taps import UNEMBED_INPUT, tap_for, unembed_input_tap
 from actpipe.models.weights import Weights
 from actpipe.schemas.manifest import ModelIdentity
 
@@ -31,12 +31,13 @@ InputIds = torch.Tensor | npt.NDArray[Any] | Sequence[int] | Sequence[Sequence[i
 
 
 class ModelSpec:
-    """What is known of a model without its weights: shape, hook points, tokenizer."""
+    """What is known of a model without its weights: shape, hook points, tokenizer, identity."""
 
-    def __init__(self, source: ModelSource) -> None:
+    def __init__(self, source: ModelSource, dtype: str = "auto") -> None:
         self.source = source
         self.config = load_config(source)
         self.anatomy = find_anatomy(load_skeleton(source, self.config))
+        self._dtype = dtype
 
     @property
     def shape(self) -> ModelShape:
@@ -52,6 +53,12 @@ class ModelSpec:
     def tokenizer(self) -> Any:
         """The model's tokenizer."""
         return load_tokenizer(self.source)
+
+    @cached_property
+    def identity(self) -> ModelIdentity:
+        """Which model this is, and what it computes in."""
+        dtype = compute_dtype(self.config, self._dtype)
+        return identify(self.source, self.config, family=self.anatomy.family.name, dtype=dtype)
 
     @property
     def n_parameters(self) -> int:
@@ -100,7 +107,14 @@ class HookedModel:
             UnsupportedModelError: No entry says where its parts are.
         """
         source = ModelSource(name, revision, trust_remote_code)
-        load_config(source)
+        return cls.from_source(source, dtype=dtype, device=device, device_map=device_map)
+
+    @classmethod
+    def from_source(
+        cls, source: ModelSource, *, dtype: str, device: str, device_map: str | dict[str, int | str] | None
+    ) -> Self:
+        """Load a model; see `from_pretrained`."""
+        find_anatomy(load_skeleton(source, load_config(source)))
         native = load_native(source, dtype=dtype, device=device, device_map=device_map)
         return cls(native, source)
 
@@ -121,20 +135,16 @@ class HookedModel:
         """Element type of the computation."""
         return self.native.dtype
 
-    @cached_property
-    def identity(self) -> ModelIdentity:
-        """Which model this is."""
-        return identify(
-            self.source, self.native.config, family=self.anatomy.family.name, dtype=dtype_name(self.dtype)
-        )
-
     def select(self, patterns: Iterable[str]) -> tuple[str, ...]:
         """Resolve hook names and patterns; see `actpipe.hooks.select_hooks`."""
         return select_hooks(patterns, self.hook_points, n_layers=self.shape.n_layers)
 
     def capture(self, names: Iterable[str], sink: Sink, *, stop: bool) -> Capture:
-        """Return hooks for exact names, to be used in a `with` block; see `Capture`."""
-        taps = [tap_for(self.anatomy, self.hook_points[name]) for name in names]
+        """Return hooks for exact names (`UNEMBED_INPUT` too), to be used in a `with` block; see `Capture`."""
+        taps = [
+            unembed_input_tap(self.anatomy) if name == UNEMBED_INPUT else tap_for(self.anatomy, self.hook_points[name])
+            for name in names
+        ]
         return Capture(self.anatomy, taps, sink, stop=stop)
 
     def run_with_cache(

@@ -136,7 +136,7 @@ def resolve_device(device: str) -> torch.device:
 
 
 def identify(source: ModelSource, config: Any, *, family: str, dtype: str) -> ModelIdentity:
-    """Say which model this is, so that a run is never continued with another one.
+    """Say which model this is, so that a run is never continued with another one; loads no weights.
 
     The fingerprint covers the configuration and, for a folder, size and the first and last MiB
     of every weight file; for a hub model the commit stands for the files.
@@ -161,6 +161,19 @@ def _sample(path: Path) -> bytes:
         head = file.read(_SAMPLE_BYTES)
         file.seek(max(0, path.stat().st_size - _SAMPLE_BYTES))
         return head + file.read()
+
+
+def compute_dtype(config: Any, dtype: str) -> str:
+    """Return the element type that a model will compute in, from its configuration alone.
+
+    Raises:
+        RecipeError: `auto` was asked for, and the configuration does not say.
+    """
+    if dtype != "auto":
+        return dtype
+    if config.dtype is None:
+        raise RecipeError("this model's configuration does not say its element type; set `model.dtype`")
+    return dtype_name(config.dtype)
 
 
 def dtype_name(dtype: torch.dtype) -> Literal["float32", "float16", "bfloat16", "float64"]:

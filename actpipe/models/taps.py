@@ -33,6 +33,15 @@ class Tap:
     read: Callable[[Any], torch.Tensor]
 
 
+UNEMBED_INPUT = "unembed.hook_in"
+"""What the unembedding multiplies: the final norm's output, weight and bias included."""
+
+
+def unembed_input_tap(anatomy: Anatomy) -> Tap:
+    """Return where the input of the unembedding is read; not one of TransformerLens 2.16's names."""
+    return Tap(UNEMBED_INPUT, anatomy.unembed, "input", _same)
+
+
 def tap_for(anatomy: Anatomy, point: HookPoint) -> Tap:
     """Return where `point` is read in this model."""
     if point.layer is None:

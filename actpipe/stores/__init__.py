@@ -1,0 +1,1 @@
+"""Stores on disk: layout, parts, commits, reading. Only here: zarr."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import shutil
 import uuid
@@ -149,3 +150,9 @@ def crc32c_of(path: Path) -> str:
         while piece := file.read(_READ_BYTES):
             checksum = google_crc32c.extend(checksum, piece)
     return f"{checksum:08x}"
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file as hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

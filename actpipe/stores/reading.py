@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from actpipe.errors import IncompleteStoreError, UnknownHookError, did_you_mean
+from actpipe.hooks import ModelShape
 from actpipe.planning import count_parts
 from actpipe.schemas.manifest import ArrayManifest, StoreManifest
 from actpipe.stores.dtypes import numpy_dtype
@@ -179,6 +180,11 @@ class ActivationStore:
                 f"{self.folder.store} has {done} of {n_parts} parts; run its recipe again to finish it, "
                 "or open it with partial=True and read committed rows only"
             )
+
+    @property
+    def shape(self) -> ModelShape:
+        """Sizes of the model that it came from."""
+        return ModelShape(**self.manifest.shape.model_dump())
 
     @property
     def n_rows(self) -> int:

@@ -1,0 +1,1 @@
+"""Documents, tokens, sequences, batches. Only here: datasets."""

@@ -1,0 +1,5 @@
+"""`python -m actpipe` is `actpipe`."""
+
+from actpipe.cli import main
+
+main()

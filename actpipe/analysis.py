@@ -1,0 +1,58 @@
+"""What all analysis stages share: naming, doing nothing twice, telling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Literal
+
+from actpipe.errors import RecipeError
+from actpipe.schemas.recipe import AnalysisConfig
+from actpipe.schemas.results import ResultRecord
+from actpipe.stage import RunContext
+from actpipe.stores.reading import ActivationStore
+from actpipe.stores.results import Result, ResultWriter, current_result
+from actpipe.telemetry import Meter
+
+Kind = Literal["metrics", "residual", "attribution", "heads"]
+Compute = Callable[[ActivationStore, ResultWriter, Meter], Result]
+
+_NOT_THE_NUMBERS = {"name", "corpus", "block_bytes", "stage"}
+
+
+def result_name(config: AnalysisConfig) -> str:
+    """Return the name under which a stage's result is kept."""
+    stage: str = getattr(config, "stage")  # noqa: B009 - every concrete settings model has it
+    return config.name or stage
+
+
+def run_analysis(context: RunContext, config: AnalysisConfig, kind: Kind, compute: Compute) -> Result:
+    """Return a stage's result: the one that is there if its settings are the same, else a new one."""
+    folder = context.corpus(config)
+    store = ActivationStore(folder)
+    wanted = ResultRecord(
+        name=result_name(config),
+        kind=kind,
+        corpus=config.corpus,
+        settings=config.model_dump(mode="json", exclude=_NOT_THE_NUMBERS),
+        model_fingerprint=store.manifest.model.fingerprint,
+    )
+    found = current_result(folder, wanted)
+    if found is not None:
+        return found
+    with context.telemetry.progress(wanted.name, None, "blocks") as meter:
+        return compute(store, ResultWriter(folder, wanted), meter)
+
+
+def require_hooks(context: RunContext, config: AnalysisConfig, names: Iterable[str]) -> None:
+    """Refuse an analysis, before anything runs, whose input will not be stored.
+
+    Raises:
+        RecipeError: Names what is missing and where to add it.
+    """
+    planned = context.planned_hooks(config.corpus)
+    missing = [name for name in names if name not in planned]
+    if missing:
+        raise RecipeError(
+            f"{result_name(config)} needs {', '.join(missing[:4])}{' and more' if len(missing) > 4 else ''} of the "
+            f"corpus {config.corpus!r}; add them to `hooks` or `metrics` of its extract_activations"
+        )

@@ -1,0 +1,144 @@
+"""The command line. Thin: each command reads its arguments, calls the library and prints."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from actpipe.errors import ActpipeError
+from actpipe.records import Finding
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="A model and a corpus in, a store of activations to compute on out.\n\n"
+    "Start with `actpipe run RECIPE.yaml`; `actpipe hooks MODEL` lists what can be stored of a model.",
+)
+
+Recipe = Annotated[Path, typer.Argument(help="Recipe, a YAML file.", show_default=False)]
+Run = Annotated[Path, typer.Argument(help="Run folder.", show_default=False)]
+Model = Annotated[str, typer.Argument(help="Hub name (gpt2) or folder of a model.", show_default=False)]
+Out = Annotated[Path | None, typer.Option("--out", help="Run folder. By default runs/NAME.", show_default=False)]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting: model.dtype=float16, tokenize_text.max_tokens=1000."),
+]
+Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit on the hub.", show_default=False)]
+
+
+@app.command()
+def run(recipe: Recipe, out: Out = None, set_: Set = None) -> None:
+    """Run a recipe. Interrupted, the same command continues; finished, it does nothing.
+
+    Example: `actpipe run workflows/quickstart.yaml --out runs/try --set tokenize_text.max_tokens=20000`
+    """
+    from actpipe.running import run_recipe
+
+    summary = run_recipe(recipe, out=out, overrides=set_ or ())
+    console = Console()
+    for finding in summary.findings:
+        print_finding(console, finding)
+    console.print(f"\nrun folder: {summary.folder}", highlight=False, soft_wrap=True)
+    report = summary.folder / "report.html"
+    if report.is_file():
+        console.print(f"report:     {report}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def plan(recipe: Recipe, out: Out = None, set_: Set = None) -> None:
+    """Say what a recipe will cost before anything runs: tokens, bytes, parts, memory, time.
+
+    Tokenizes a sample of the documents and times one batch of the model.
+    """
+    from actpipe.estimating import estimate_recipe
+
+    console = Console()
+    for finding in estimate_recipe(recipe, out=out, overrides=set_ or ()):
+        print_finding(console, finding)
+
+
+@app.command()
+def hooks(
+    model: Model,
+    pattern: Annotated[list[str] | None, typer.Argument(help="Only names that match, such as blocks.0.*")] = None,
+    context: Annotated[int, typer.Option(help="Context length, for the size of scores and patterns.")] = 0,
+    dtype: Annotated[str, typer.Option(help="Element type on disk: float32, float16 or bfloat16.")] = "float16",
+    revision: Revision = None,
+) -> None:
+    """List the hook points of a model: name, axes, shape and bytes per token. Loads no weights."""
+    from actpipe.describing import describe_hooks
+
+    print_finding(Console(), describe_hooks(model, pattern or ["*"], context=context, dtype=dtype, revision=revision))
+
+
+@app.command()
+def check(
+    model: Model,
+    dtype: Annotated[str, typer.Option(help="float32, float16, bfloat16, or auto for the checkpoint's own.")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, or auto.")] = "auto",
+    revision: Revision = None,
+) -> None:
+    """Prove the hooks on this very model by identities. Exits with 1 where one fails."""
+    from actpipe.describing import check_model
+
+    finding, holds = check_model(model, dtype=dtype, device=device, revision=revision)
+    print_finding(Console(), finding)
+    if not holds:
+        raise typer.Exit(1)
+
+
+@app.command()
+def info(run: Run) -> None:
+    """Say what a run folder holds: model, corpora, arrays, results, and how much of it is done."""
+    from actpipe.describing import describe_run
+
+    console = Console()
+    for finding in describe_run(run):
+        print_finding(console, finding)
+
+
+@app.command()
+def verify(run: Run) -> None:
+    """Compare every file of a run with its commit record and checksum. Exits with 1 where one differs."""
+    from actpipe.describing import verify_run
+
+    problems, n_bytes = verify_run(run)
+    console = Console()
+    for problem in problems:
+        console.print(f"[red]wrong[/] {escape(problem)}", highlight=False, soft_wrap=True)
+    if problems:
+        raise typer.Exit(1)
+    console.print(f"all is well: {n_bytes} checked", highlight=False)
+
+
+def print_finding(console: Console, finding: Finding) -> None:
+    """Print a finding as a table."""
+    table = Table(title=escape(finding.title), title_justify="left", title_style="bold", show_edge=False, pad_edge=False)
+    for position, column in enumerate(finding.columns):
+        table.add_column(column, justify="right" if position == 1 else "left")
+    for row in finding.rows:
+        table.add_row(*map(escape, row))
+    console.print()
+    console.print(table)
+    if finding.note:
+        console.print(escape(finding.note), style="dim", highlight=False)
+
+
+def main() -> None:
+    """Run the command line; errors raised on purpose are one line and exit code 1."""
+    try:
+        app(standalone_mode=True)
+    except ActpipeError as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted; the same command continues where this one stopped")
+        sys.exit(130)

@@ -1,0 +1,127 @@
+"""Run a function over blocks of rows of a store with Dask, and put the answers together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, Self, TypeVar
+
+import dask
+import numpy as np
+import numpy.typing as npt
+
+from actpipe.errors import IncompleteStoreError
+from actpipe.stores.dtypes import as_float32
+from actpipe.stores.reading import ActivationStore, StoredArray
+from actpipe.stores.token_table import TokenTable
+
+_FAN_IN = 16
+
+
+class Summable(Protocol):
+    """Something whose parts add up, in any grouping."""
+
+    def __add__(self, other: Self) -> Any:
+        """Return both together."""
+
+
+BlockT = TypeVar("BlockT")
+SumT = TypeVar("SumT", bound=Summable)
+Done = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class RowBlock:
+    """Some consecutive rows of a store; reads what it is asked for, when it is asked."""
+
+    start: int
+    stop: int
+    arrays: dict[str, StoredArray]
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of the block."""
+        return self.stop - self.start
+
+    def read(self, name: str) -> npt.NDArray[np.float32]:
+        """Return the block's rows of one array, in float32."""
+        return as_float32(self.arrays[name].read(self.start, self.stop))
+
+    def read_integers(self, name: str, *, beyond: int = 0) -> npt.NDArray[np.int64]:
+        """Return the block's rows of an array of integers, and up to `beyond` rows after them."""
+        array = self.arrays[name]
+        return array.read(self.start, min(array.n_rows, self.stop + beyond)).astype(np.int64)
+
+
+def require_arrays(store: ActivationStore, names: Iterable[str], what: str) -> None:
+    """Refuse an analysis whose input is not stored.
+
+    Raises:
+        IncompleteStoreError: Names what is missing.
+    """
+    store.require_complete()
+    missing = [name for name in names if name not in store]
+    if missing:
+        raise IncompleteStoreError(
+            f"{what} needs {', '.join(missing[:4])}{' and more' if len(missing) > 4 else ''}, which "
+            f"{store.folder.store} does not hold; add them to `hooks` or `metrics` of extract_activations"
+        )
+
+
+def even_blocks(store: ActivationStore, names: Sequence[str], block_bytes: int) -> list[RowBlock]:
+    """Cut a store into blocks whose arrays `names` take at most `block_bytes` in float32."""
+    arrays = {name: store.array(name) for name in names}
+    row_bytes = sum(4 * int(np.prod(array.manifest.row_shape, dtype=np.int64)) for array in arrays.values())
+    size = max(1, block_bytes // max(1, row_bytes))
+    return [RowBlock(start, min(store.n_rows, start + size), arrays) for start in range(0, store.n_rows, size)]
+
+
+def sequence_blocks(tokens: TokenTable, max_rows: int) -> list[tuple[int, int]]:
+    """Cut a store's rows into blocks of whole sequences, of at most `max_rows` where one sequence allows it."""
+    blocks: list[tuple[int, int]] = []
+    start = stop = 0
+    for sequence in tokens.read_sequences():
+        if sequence.row_stop - start > max_rows and stop > start:
+            blocks.append((start, stop))
+            start = stop
+        stop = sequence.row_stop
+    if stop > start:
+        blocks.append((start, stop))
+    return blocks
+
+
+def map_and_sum(
+    function: Callable[[BlockT], SumT], blocks: Iterable[BlockT], done: Done = lambda _: None
+) -> SumT:
+    """Apply a function to every block and add the answers up, sixteen at a time.
+
+    Memory is that of as many blocks as Dask runs together. The grouping depends on the blocks
+    alone, so the same blocks give the same bits whatever the number of workers.
+
+    Args:
+        function: From a block to something that adds up.
+        blocks: Rows to work on.
+        done: Called with 1 after each block.
+    """
+
+    def counted(block: BlockT) -> SumT:
+        answer = function(block)
+        done(1)
+        return answer
+
+    level = [dask.delayed(counted, pure=False)(block) for block in blocks]
+    if not level:
+        raise IncompleteStoreError("the store has no rows to analyse")
+    add = dask.delayed(_add_all, pure=False)
+    while len(level) > 1:
+        level = [add(level[i : i + _FAN_IN]) for i in range(0, len(level), _FAN_IN)]
+    (total,) = dask.compute(level[0])
+    result: SumT = total
+    return result
+
+
+def _add_all(parts: list[SumT]) -> SumT:
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total

@@ -1,0 +1,63 @@
+"""The residual stream's components: as one lazy array, and what each contributes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from actpipe.compute.residual import (
+    Component,
+    ResidualSums,
+    residual_components,
+    residual_hook,
+    sum_residual_shares,
+)
+from actpipe.hooks import build_catalogue
+from actpipe.jobs.blocks import Done, RowBlock, even_blocks, map_and_sum, require_arrays
+from actpipe.stores.reading import ActivationStore
+
+
+def components_of(store: ActivationStore, layer: int | None = None) -> list[Component]:
+    """Name the components of the model that a store came from."""
+    shape = store.shape
+    return residual_components(build_catalogue(shape), shape.n_layers, layer)
+
+
+def decompose_resid(store: ActivationStore, layer: int | None = None) -> tuple[Any, list[str]]:
+    """Return what was written to the residual stream entering `layer`, component by component.
+
+    Args:
+        store: A store with `hook_embed`, `hook_pos_embed` where the model has it, and every
+            `hook_attn_out` and `hook_mlp_out` below `layer`.
+        layer: By default that after the last, so that the sum is the last `hook_resid_post`.
+
+    Returns:
+        A Dask array `(component, row, d_model)` in float32, and the components' labels, in
+        TransformerLens' order and with its names (`ActivationCache.decompose_resid`).
+
+    Raises:
+        IncompleteStoreError: A component is not stored.
+    """
+    import dask.array as da
+
+    components = components_of(store, layer)
+    require_arrays(store, [component.hook for component in components], "decompose_resid")
+    stacked = da.stack([store[component.hook].astype("float32") for component in components])
+    return stacked, [component.label for component in components]
+
+
+def measure_residual(
+    store: ActivationStore, layer: int | None, *, block_bytes: int, done: Done = lambda _: None
+) -> ResidualSums:
+    """Measure each component's length and its share of the residual stream, over all rows."""
+    components = components_of(store, layer)
+    total = residual_hook(store.shape.n_layers, layer)
+    names = [*(component.hook for component in components), total]
+    require_arrays(store, names, "decompose_residual")
+
+    def measure(block: RowBlock) -> ResidualSums:
+        written = np.stack([block.read(component.hook) for component in components])
+        return sum_residual_shares(written, block.read(total))
+
+    return map_and_sum(measure, even_blocks(store, names * 2, block_bytes), done)

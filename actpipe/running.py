@@ -1,0 +1,247 @@
+"""Run a recipe from top to bottom: check everything first, then do what is not yet done."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from actpipe import __version__
+from actpipe.errors import RecipeError, StoreMismatchError
+from actpipe.jobs.engine import InProcess
+from actpipe.models.hooked_model import HookedModel, ModelSpec
+from actpipe.models.loading import ModelSource
+from actpipe.recipes import RecipeText, check_recipe, read_recipe_text, with_overrides
+from actpipe.records import Finding
+from actpipe.schemas.manifest import RunRecord
+from actpipe.schemas.recipe import (
+    AnalysisConfig,
+    ExtractActivationsConfig,
+    Recipe,
+    StageConfig,
+    TokenizeTextConfig,
+)
+from actpipe.stage import RunContext, Stage, check_order, find_stage, foreign_configs
+from actpipe.stores.layout import RunFolder, only_run_in, write_whole
+from actpipe.stores.results import list_results
+from actpipe.stores.token_table import TokenTable
+from actpipe.telemetry import Telemetry
+
+_LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "numpy", "zarr")
+_DATA_STAGES = (TokenizeTextConfig, ExtractActivationsConfig)
+_NOT_STORED = {
+    "model": {"name", "device", "device_map"},
+    "tokenize_text": set[str](),
+    "extract_activations": {"queue_bytes", "fsync"},
+}
+"""Settings that do not change a stored byte: where a run happens, and how. The model is known by its fingerprint."""
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """What a finished run has to show."""
+
+    folder: Path
+    findings: tuple[Finding, ...]
+
+
+def run_recipe(
+    recipe: str | Path | Mapping[str, Any],
+    *,
+    out: str | Path | None = None,
+    overrides: Iterable[str] = (),
+    telemetry: Telemetry | None = None,
+) -> RunSummary:
+    """Run a recipe; what an earlier run of it has finished is not done again.
+
+    Args:
+        recipe: A YAML file, or the same as a dict (then relative paths start from the working folder).
+        out: The run folder; by default `runs/NAME` in the working folder.
+        overrides: `key=value` settings, as `--set` takes them.
+        telemetry: Who is told; by default a console on the standard error stream.
+
+    Raises:
+        ActpipeError: The recipe, the model, the data or what is on disk does not fit; nothing was run.
+    """
+    text, base = read_any(recipe)
+    checked = load_recipe(with_overrides(text, overrides))
+    name = checked.name or Path(text.title).stem
+    folder = RunFolder(Path(out) if out is not None else Path("runs") / name)
+    context = make_context(checked, base, folder, telemetry or Telemetry())
+    stages = [find_stage(config.stage)(config) for config in checked.stages]
+    check_names(checked.stages)
+    check_order(stages, lambda corpus, kind: _is_present(folder.corpus(corpus), kind))
+    existed = folder.root.exists()
+    with only_run_in(folder):
+        context.telemetry.log = folder.log
+        try:
+            _check_against_record(folder, checked, context.spec)
+            for stage in stages:
+                stage.check(context)
+        except Exception:
+            _leave_no_trace(folder, existed=existed)
+            raise
+        _write_record(folder, checked, context.spec)
+        _run_stages(stages, context)
+    return RunSummary(folder.root, tuple(context.findings))
+
+
+def read_any(recipe: str | Path | Mapping[str, Any]) -> tuple[RecipeText, Path]:
+    """Return a recipe as text with line numbers, and the folder that its relative paths start from."""
+    if isinstance(recipe, Mapping):
+        return RecipeText("recipe", json.loads(json.dumps(recipe))), Path.cwd()
+    path = Path(recipe)
+    return read_recipe_text(path), path.resolve().parent
+
+
+def load_recipe(text: RecipeText) -> Recipe:
+    """Check a recipe, stages of other packages included."""
+    stages = text.data.get("stages") if isinstance(text.data, dict) else None
+    names = [stage.get("stage") for stage in stages or () if isinstance(stage, dict)]
+    return check_recipe(text, foreign_configs(name for name in names if isinstance(name, str)))
+
+
+def make_context(recipe: Recipe, base: Path, folder: RunFolder, telemetry: Telemetry) -> RunContext:
+    """Return what the stages are given."""
+    model = recipe.model
+    local = base / Path(model.name).expanduser()
+    source = ModelSource(
+        str(local) if local.is_dir() or model.name.startswith((".", "/", "~")) else model.name,
+        model.revision,
+        model.trust_remote_code,
+    )
+
+    def load_model() -> HookedModel:
+        return HookedModel.from_source(source, dtype=model.dtype, device=model.device, device_map=model.device_map)
+
+    return RunContext(
+        folder=folder,
+        base=base,
+        recipe=recipe,
+        engine=InProcess(),
+        telemetry=telemetry,
+        load_spec=lambda: ModelSpec(source, model.dtype),
+        load_model=load_model,
+    )
+
+
+def check_names(stages: Sequence[StageConfig]) -> None:
+    """Refuse two results of one name.
+
+    Raises:
+        RecipeError: Names the stages.
+    """
+    seen: dict[tuple[str, str], int] = {}
+    for position, config in enumerate(stages):
+        if not isinstance(config, AnalysisConfig):
+            continue
+        key = (config.corpus, config.name or config.stage)
+        if key in seen:
+            raise RecipeError(
+                f"stages[{seen[key]}] and stages[{position}] both make the result {key[1]!r} of the corpus {key[0]!r}; "
+                "give one of them another `name`"
+            )
+        seen[key] = position
+
+
+def _is_present(folder: RunFolder, kind: str) -> bool:
+    if kind == "token_table":
+        return TokenTable.exists(folder)
+    if kind == "store":
+        return folder.store.is_dir()
+    return bool(list_results(folder))
+
+
+def _run_stages(stages: Sequence[Stage], context: RunContext) -> None:
+    for stage in stages:
+        context.telemetry.event("stage", stage=stage.config.stage, corpus=stage.config.corpus)
+        stage.run(context)
+    context.telemetry.event("run finished")
+
+
+def _leave_no_trace(folder: RunFolder, *, existed: bool) -> None:
+    """Remove the folder of a run that was refused before it began."""
+    if not existed:
+        (folder.root / ".lock").unlink(missing_ok=True)
+        folder.root.rmdir()
+
+
+def read_record(folder: RunFolder) -> RunRecord:
+    """Read `run.yaml`."""
+    return RunRecord.from_json(json.dumps(YAML(typ="safe").load(folder.record.read_text(encoding="utf-8"))))
+
+
+def _write_record(folder: RunFolder, recipe: Recipe, spec: ModelSpec) -> None:
+    """Write `run.yaml`: data stages stay as they were first written, analyses are those of this recipe."""
+    resolved = recipe.model_dump(mode="json")
+    if folder.record.is_file():
+        earlier = read_record(folder).recipe
+        kept = {_stage_key(stage): stage for stage in _data_stages(earlier)}
+        ours = {_stage_key(stage) for stage in _data_stages(resolved)}
+        resolved["stages"] = [s for key, s in kept.items() if key not in ours] + resolved["stages"]
+    record = RunRecord(
+        actpipe_version=__version__,
+        libraries={name: importlib.metadata.version(name) for name in _LIBRARIES},
+        recipe=resolved,
+        model=spec.identity,
+    )
+    buffer = io.BytesIO()
+    yaml = YAML()
+    yaml.default_flow_style = False
+    yaml.dump(record.model_dump(mode="json"), buffer)
+    write_whole(folder.record, buffer.getvalue())
+
+
+def _data_stages(recipe: Mapping[str, Any]) -> list[dict[str, Any]]:
+    names = {config.model_fields["stage"].default for config in _DATA_STAGES}
+    return [stage for stage in recipe["stages"] if stage["stage"] in names]
+
+
+def _stage_key(stage: Mapping[str, Any]) -> tuple[str, str]:
+    return stage["stage"], stage["corpus"]
+
+
+def _check_against_record(folder: RunFolder, recipe: Recipe, spec: ModelSpec) -> None:
+    """Refuse to continue a run whose stored bytes this recipe would make differently.
+
+    Analyses may be added, changed and left out: they are computed from what is stored.
+
+    Raises:
+        StoreMismatchError: Shows every setting that differs.
+    """
+    if not folder.record.is_file():
+        return
+    record = read_record(folder)
+    ours = recipe.model_dump(mode="json")
+    differences = _differences("model", record.recipe["model"], ours["model"], _NOT_STORED["model"])
+    if record.model.fingerprint != spec.identity.fingerprint:
+        differences.append(
+            f"model: {record.model.name} ({record.model.fingerprint[:12]}) -> "
+            f"{spec.identity.name} ({spec.identity.fingerprint[:12]})"
+        )
+    earlier = {_stage_key(stage): stage for stage in _data_stages(record.recipe)}
+    for stage in _data_stages(ours):
+        key = _stage_key(stage)
+        if key in earlier:
+            title = key[0] if key[1] == "main" else f"{key[0]}@{key[1]}"
+            differences += _differences(title, earlier[key], stage, _NOT_STORED[key[0]])
+    if differences:
+        raise StoreMismatchError(
+            f"{folder.root} was made by another recipe:\n  "
+            + "\n  ".join(differences)
+            + "\nrun the old recipe, or choose another folder with --out"
+        )
+
+
+def _differences(title: str, before: Any, now: Any, ignored: set[str]) -> list[str]:
+    """Return one line per setting that differs."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = [key for key in {**before, **now} if key not in ignored]
+        return [line for key in keys for line in _differences(f"{title}.{key}", before.get(key), now.get(key), set())]
+    return [] if before == now else [f"{title}: {before!r} -> {now!r}"]

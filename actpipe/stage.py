@@ -1,0 +1,158 @@
+"""What a stage is, what it is given, and how it is found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
+
+from actpipe.errors import ActpipeError, RecipeError
+from actpipe.records import Finding, Part
+from actpipe.schemas.recipe import BUILT_IN_STAGES, ExtractActivationsConfig, Recipe, StageConfig
+from actpipe.telemetry import Telemetry
+
+if TYPE_CHECKING:
+    from actpipe.models.hooked_model import HookedModel, ModelSpec
+    from actpipe.stores.layout import RunFolder
+
+GROUP = "actpipe.stages"
+"""The entry-point group in which stages register, ours and foreign ones."""
+
+ConfigT = TypeVar("ConfigT", bound=StageConfig)
+
+
+class Engine(Protocol):
+    """Something that does parts: this process, or a cluster."""
+
+    def run_parts(self, parts: Sequence[Part], worker: Callable[[Part], None]) -> None:
+        """Do every part once."""
+
+
+@dataclass
+class RunContext:
+    """What a stage is given: the run's folder, its recipe, its model, and someone to tell."""
+
+    folder: RunFolder
+    base: Path
+    """Folder that relative paths of the recipe start from."""
+    recipe: Recipe
+    engine: Engine
+    telemetry: Telemetry
+    load_spec: Callable[[], ModelSpec]
+    load_model: Callable[[], HookedModel]
+    findings: list[Finding] = field(default_factory=list)
+
+    @cached_property
+    def spec(self) -> ModelSpec:
+        """The model without its weights."""
+        return self.load_spec()
+
+    @cached_property
+    def model(self) -> HookedModel:
+        """The model with its weights, loaded when it is first needed."""
+        return self.load_model()
+
+    def corpus(self, config: StageConfig) -> RunFolder:
+        """Return the folder of the corpus that a stage works on."""
+        return self.folder.corpus(config.corpus)
+
+    def settings_of(self, kind: type[ConfigT], corpus: str) -> ConfigT | None:
+        """Return this recipe's settings of a stage for a corpus, if it has such a stage."""
+        for config in self.recipe.stages:
+            if isinstance(config, kind) and config.corpus == corpus:
+                return config
+        return None
+
+    def planned_hooks(self, corpus: str) -> set[str]:
+        """Return the names that the corpus's store has or will have, activations and metrics alike."""
+        from actpipe.stores.reading import ActivationStore
+
+        config = self.settings_of(ExtractActivationsConfig, corpus)
+        if config is not None:
+            return {*self.spec.select(config.hooks), *(f"metrics/{metric}" for metric in config.metrics)}
+        store = ActivationStore(self.folder.corpus(corpus))
+        return {*store.hook_names, *store.array_names}
+
+
+class Stage(Protocol):
+    """One step of a run: settings in, then files that exist to files that exist, restartable at any moment."""
+
+    needs: ClassVar[tuple[str, ...]]
+    """What must be there before: `token_table`, `store`, `results`."""
+    gives: ClassVar[str]
+    """What is there afterwards."""
+    config: Any
+
+    def check(self, context: RunContext) -> None:
+        """Refuse what cannot work, before anything runs; costs no forward pass."""
+
+    def run(self, context: RunContext) -> None:
+        """Do what is not yet done; doing it twice changes nothing."""
+
+
+def find_stage(name: str) -> Callable[[Any], Stage]:
+    """Return a stage's class by its name.
+
+    Raises:
+        RecipeError: No installed package brings such a stage.
+    """
+    entry = _entry_points().get(name)
+    if entry is None:
+        raise RecipeError(
+            f"the stage {name!r} is not installed; there are {', '.join(sorted(_entry_points()))} "
+            "(after adding one, install its package again)"
+        )
+    stage: Callable[[Any], Stage] = entry.load()
+    return stage
+
+
+def foreign_configs(names: Iterable[str]) -> list[type[StageConfig]]:
+    """Return the settings models of those stages among `names` that other packages bring."""
+    built_in = {config.model_fields["stage"].default for config in BUILT_IN_STAGES}
+    found = []
+    for name in dict.fromkeys(names):
+        entry = _entry_points().get(name)
+        if name not in built_in and entry is not None:
+            found.append(_config_of(entry))
+    return found
+
+
+def _config_of(entry: EntryPoint) -> type[StageConfig]:
+    annotation = entry.load().__annotations__.get("config")
+    if not (isinstance(annotation, type) and issubclass(annotation, StageConfig)):
+        raise ActpipeError(f"the stage {entry.name!r} ({entry.value}) must annotate `config` with its settings model")
+    return annotation
+
+
+def _entry_points() -> dict[str, EntryPoint]:
+    return {entry.name: entry for entry in entry_points(group=GROUP)}
+
+
+def check_order(stages: Sequence[Stage], present: Callable[[str, str], bool]) -> None:
+    """Refuse a recipe in which a stage comes before what it needs.
+
+    Args:
+        stages: In the order of the recipe.
+        present: Whether something is in the run folder already, by corpus and kind.
+
+    Raises:
+        RecipeError: Names the stage and what it lacks.
+    """
+    given: set[tuple[str, str]] = set()
+    for position, stage in enumerate(stages):
+        corpus = stage.config.corpus
+        for need in stage.needs:
+            if (corpus, need) not in given and not present(corpus, need):
+                raise RecipeError(
+                    f"stages[{position}] ({stage.config.stage}) needs a {need.replace('_', ' ')} of the corpus "
+                    f"{corpus!r}, and no stage before it makes one"
+                )
+        if (corpus, stage.gives) in given and stage.gives in ("token_table", "store"):
+            raise RecipeError(
+                f"stages[{position}] ({stage.config.stage}) makes a second {stage.gives.replace('_', ' ')} of the "
+                f"corpus {corpus!r}; give it another `corpus`"
+            )
+        given.add((corpus, stage.gives))

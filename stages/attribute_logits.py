@@ -1,0 +1,141 @@
+"""Store -> direct attribution of the correct next token's logit (Dask)."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import pandas as pd
+import torch
+import xarray as xr
+
+from actpipe.analysis import require_hooks, run_analysis
+from actpipe.compute.attribution import fold_unembedding
+from actpipe.compute.residual import residual_components
+from actpipe.errors import IdentityError
+from actpipe.jobs.attribution import (
+    MODEL_LOGIT,
+    AttributionWeights,
+    attribute_store,
+    column_labels,
+    needed_arrays,
+)
+from actpipe.jobs.residual import components_of
+from actpipe.models.hooked_model import HookedModel
+from actpipe.records import Finding
+from actpipe.schemas.recipe import AttributeLogitsConfig
+from actpipe.stage import RunContext
+from actpipe.stores.reading import ActivationStore
+from actpipe.stores.results import Result, ResultWriter, labels
+from actpipe.telemetry import Meter
+
+_ROUNDING = {"float32": 1e-3, "float16": 1e-1, "bfloat16": 1.0}
+"""How far the sum may be from the model's own logit, by element type on disk."""
+
+
+@dataclass(frozen=True)
+class AttributeLogits:
+    """Share the correct next token's logit out over components and heads."""
+
+    config: AttributeLogitsConfig
+    needs: ClassVar[tuple[str, ...]] = ("store",)
+    gives: ClassVar[str] = "results"
+
+    def check(self, context: RunContext) -> None:
+        """Refuse a store that will lack a component or a head."""
+        n_layers = context.spec.shape.n_layers
+        components = residual_components(context.spec.hook_points, n_layers)
+        require_hooks(context, self.config, needed_arrays(components, n_layers, heads=self.config.heads))
+
+    def run(self, context: RunContext) -> None:
+        """Compute the attribution, unless it is there."""
+
+        def compute(store: ActivationStore, writer: ResultWriter, meter: Meter) -> Result:
+            return self._compute(store, _weights(context.model, heads=self.config.heads), writer, meter)
+
+        result = run_analysis(context, self.config, "attribution", compute)
+        context.findings.append(_describe(result))
+
+    def _compute(
+        self, store: ActivationStore, weights: AttributionWeights, writer: ResultWriter, meter: Meter
+    ) -> Result:
+        shape = store.shape
+        columns = column_labels(components_of(store), shape.n_layers, shape.n_heads, heads=self.config.heads)
+        options = {}
+        if self.config.keep_rows:
+            options["keep"] = writer.open_rows(
+                "attribution",
+                (store.n_rows, len(columns)),
+                axes=("row", "component"),
+                chunk_rows=store.manifest.rows_per_part,
+            )
+        sums = attribute_store(
+            store, weights, block_bytes=self.config.block_bytes, done=meter.advance, **options
+        )
+        allowed = _ROUNDING[store.array("hook_embed").manifest.dtype]
+        if not sums.worst <= allowed:
+            raise IdentityError(
+                f"the attributions do not add up to the model's logit: off by {sums.worst:.1e} "
+                f"(at most {allowed:.0e} is rounding of what is stored)"
+            )
+        by_position, total = sums.by_position, sums.by_position.over_all()
+        dataset = xr.Dataset(
+            {
+                "mean_by_position": (("position", "component"), by_position.mean),
+                "count": ("position", by_position.count[:, 0].astype(np.int64)),
+            },
+            coords={"position": np.arange(len(by_position.count)), "component": labels(columns)},
+        )
+        table = pd.DataFrame(
+            {
+                "component": columns,
+                "kind": [_split_label(column)[0] for column in columns],
+                "layer": pd.array([_split_label(column)[1] for column in columns], dtype="Int64"),
+                "head": pd.array([_split_label(column)[2] for column in columns], dtype="Int64"),
+                "mean": total.mean[0],
+                "std": total.std[0],
+            }
+        )
+        checked = {"worst_sum_error": sums.worst} if MODEL_LOGIT in store else {}
+        return writer.commit(dataset=dataset, table=table, summary={"n_rows": int(total.count[0, 0]), **checked})
+
+
+def _weights(model: HookedModel, *, heads: bool) -> AttributionWeights:
+    weights = model.weights
+
+    def array(tensor: torch.Tensor) -> np.ndarray:
+        return tensor.float().cpu().numpy()
+
+    norm = model.shape.norm
+    folded = fold_unembedding(
+        W_U=array(weights.W_U),
+        b_U=array(weights.b_U),
+        norm_weight=array(weights["ln_final.w"]),
+        norm_bias=array(weights["ln_final.b"]) if norm == "LN" else None,
+        norm=norm,
+    )
+    return AttributionWeights(folded, array(weights.W_O) if heads else None, array(weights.b_O) if heads else None)
+
+
+def _split_label(label: str) -> tuple[str, int | None, int | None]:
+    """Return the kind, the layer and the head that a column's label names."""
+    if head := re.fullmatch(r"L(\d+)H(\d+)", label):
+        return "head", int(head[1]), int(head[2])
+    if block := re.fullmatch(r"(\d+)_(\w+)", label):
+        return block[2], int(block[1]), None
+    return label, None, None
+
+
+def _describe(result: Result) -> Finding:
+    table = result.table[~result.table["kind"].isin(["head", "attn_bias"])]
+    rows = tuple((row.component, f"{row.mean:+.3f}", f"{row.std:.3f}") for row in table.itertuples())
+    error = result.record.summary.get("worst_sum_error")
+    note = "" if error is None else f"sum off from the model's own logit by at most {error:.1e}"
+    return Finding(
+        f"Logit of the correct next token, by component: {result.record.corpus}",
+        ("component", "mean", "std"),
+        rows,
+        note,
+    )

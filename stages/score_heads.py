@@ -1,0 +1,87 @@
+"""Store -> head scores (Dask)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from actpipe.analysis import require_hooks, run_analysis
+from actpipe.compute.heads import MEASURES
+from actpipe.jobs.heads import score_store_heads
+from actpipe.records import Finding
+from actpipe.schemas.recipe import ScoreHeadsConfig
+from actpipe.stage import RunContext
+from actpipe.stores.reading import ActivationStore
+from actpipe.stores.results import Result, ResultWriter, labels
+from actpipe.telemetry import Meter
+
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class ScoreHeads:
+    """Say which heads look to the previous token, to duplicates, and to what came after them."""
+
+    config: ScoreHeadsConfig
+    needs: ClassVar[tuple[str, ...]] = ("store",)
+    gives: ClassVar[str] = "results"
+
+    def check(self, context: RunContext) -> None:
+        """Refuse a store that will lack a layer's patterns."""
+        names = context.spec.select(["blocks.*.attn.hook_pattern"])
+        require_hooks(context, self.config, names)
+
+    def run(self, context: RunContext) -> None:
+        """Compute the scores, unless they are there."""
+        result = run_analysis(context, self.config, "heads", self._compute)
+        context.findings.extend(_describe(result))
+
+    def _compute(self, store: ActivationStore, writer: ResultWriter, meter: Meter) -> Result:
+        layers, n_heads = tuple(range(store.shape.n_layers)), store.shape.n_heads
+        scores, n_sequences = score_store_heads(
+            store,
+            self.config.patterns,
+            layers,
+            exclude_bos=self.config.exclude_bos,
+            exclude_current_token=self.config.exclude_current_token,
+            block_bytes=self.config.block_bytes,
+            done=meter.advance,
+        )
+        dataset = xr.Dataset(
+            {"score": (("measure", "pattern", "layer", "head"), scores)},
+            coords={
+                "measure": labels(list(MEASURES)),
+                "pattern": labels(list(self.config.patterns)),
+                "layer": np.array(layers),
+                "head": np.arange(n_heads),
+            },
+        )
+        table = _as_table(scores, self.config.patterns)
+        return writer.commit(dataset=dataset, table=table, summary={"n_sequences": n_sequences})
+
+
+def _as_table(scores: np.ndarray, patterns: tuple[str, ...]) -> pd.DataFrame:
+    """Return one row per pattern and head, the best first within each pattern."""
+    _, n_patterns, n_layers, n_heads = scores.shape
+    pattern, layer, head = (axis.ravel() for axis in np.indices((n_patterns, n_layers, n_heads)))
+    table = pd.DataFrame({"pattern": np.array(patterns, dtype=object)[pattern], "layer": layer, "head": head})
+    for measure, values in zip(MEASURES, scores, strict=True):
+        table[measure] = values.ravel()
+    order = np.lexsort((-table["matched"].to_numpy(), pattern))
+    return table.iloc[order].reset_index(drop=True)
+
+
+def _describe(result: Result) -> list[Finding]:
+    findings = []
+    for pattern, table in result.table.groupby("pattern", sort=False):
+        rows = tuple(
+            (f"L{row.layer}H{row.head}", f"{row.matched:.3f}", f"{row.mul:.3f}", f"{row.abs:.3f}")
+            for row in table.head(_SHOWN).itertuples()
+        )
+        title = f"{str(pattern).replace('_', ' ').capitalize()}s: {result.record.corpus}"
+        findings.append(Finding(title, ("head", "matched", "mul", "abs"), rows))
+    return findings

@@ -1,0 +1,226 @@
+"""Dataset -> token table: documents, sequences and the row of every token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pyarrow as pa
+
+from actpipe.errors import ModelLoadError, RecipeError
+from actpipe.records import DocumentRow, DocumentStatus, Finding, Sequence, TokenizedDocument
+from actpipe.schemas.manifest import TokenTableManifest
+from actpipe.schemas.recipe import TokenizeTextConfig
+from actpipe.stage import RunContext
+from actpipe.stores.layout import RunFolder, sha256_of
+from actpipe.stores.token_table import TokenTable, TokenTableWriter
+from actpipe.telemetry import Meter
+from actpipe.text.compat import Compat, compat_pad_id, tokenize_and_concatenate
+from actpipe.text.documents import Corpus, open_corpus
+from actpipe.text.packing import Packing, pack, split
+from actpipe.text.tokenizing import Tokenizing, ordinary_ids, repeated_tokens, tokenize
+
+_PROBLEMS_NAMED = 5
+
+Records = Iterator[DocumentRow | Sequence]
+
+
+@dataclass(frozen=True)
+class TokenizeText:
+    """Turn a dataset into model inputs, once, so that the row of every token is known before any is run."""
+
+    config: TokenizeTextConfig
+    needs: ClassVar[tuple[str, ...]] = ()
+    gives: ClassVar[str] = "token_table"
+
+    def check(self, context: RunContext) -> None:
+        """Refuse a context that the model does not have, and a dataset that cannot be read."""
+        shape = context.spec.shape
+        if shape.learned_positions and self.config.context_length > shape.n_ctx:
+            raise RecipeError(
+                f"context_length ({self.config.context_length}) is above the {shape.n_ctx} positions "
+                f"that {context.spec.source.title} has learned"
+            )
+        if not TokenTable.exists(context.corpus(self.config)):
+            _special_ids(self.config, context)
+            self._corpus(context)
+
+    def run(self, context: RunContext) -> None:
+        """Write the token table, whole, unless it is there."""
+        folder = context.corpus(self.config)
+        if not TokenTable.exists(folder):
+            self._write(context, folder)
+        context.findings.append(_describe(TokenTable(folder)))
+
+    def _corpus(self, context: RunContext) -> Corpus | None:
+        if self.config.dataset is None:
+            return None
+        return open_corpus(self.config.dataset, self.config.keep_columns, context.base)
+
+    def _write(self, context: RunContext, folder: RunFolder) -> None:
+        corpus = self._corpus(context)
+        columns: Mapping[str, pa.DataType] = {"period": pa.int64()} if corpus is None else corpus.kept
+        writer = TokenTableWriter(folder, columns)
+        problems: dict[str, list[str]] = {}
+        total = self._expected_documents(corpus)
+        with context.telemetry.progress(f"tokenize {self.config.corpus}", total, "documents") as meter:
+            for record in self._records(corpus, context):
+                writer.add(record)
+                if isinstance(record, DocumentRow):
+                    _note(record, problems, meter)
+        if writer.n_rows == 0:
+            raise RecipeError(
+                f"the corpus {self.config.corpus!r} has no tokens: {dict(writer.status_counts)} documents by status"
+            )
+        writer.commit(self._manifest(context, corpus, writer, problems))
+
+    def _expected_documents(self, corpus: Corpus | None) -> int | None:
+        limits = [self.config.max_documents, corpus.source.length if corpus else None]
+        if self.config.synthetic is not None:
+            limits.append(self.config.synthetic.n_documents)
+        known = [limit for limit in limits if limit is not None]
+        return min(known) if known and self.config.max_tokens is None else None
+
+    def _records(self, corpus: Corpus | None, context: RunContext) -> Records:
+        """Yield everything that the table is made of."""
+        bos_id, separator_id = _special_ids(self.config, context)
+        if self.config.compat != "none":
+            assert corpus is not None
+            settings = Compat(
+                version=self.config.compat,
+                max_length=self.config.context_length,
+                add_bos_token=bos_id is not None,
+                num_proc=self.config.compat_num_proc,
+                n_documents=self._expected_documents(corpus),
+            )
+            return tokenize_and_concatenate(
+                corpus.documents(self.config.max_documents), context.spec.tokenizer, settings
+            )
+        packing = Packing(
+            context_length=self.config.context_length,
+            bos_id=bos_id,
+            separator_id=separator_id,
+            stride=self._stride(bos_id),
+            max_rows=self.config.max_tokens,
+        )
+        arrange = pack if self.config.layout == "packed" else split
+        return arrange(self._tokenized(corpus, bos_id, context), packing)
+
+    def _stride(self, bos_id: int | None) -> int | None:
+        if self.config.overflow == "truncate":
+            return None
+        room = self.config.context_length - (bos_id is not None)
+        return min(room, self.config.stride or room)
+
+    def _tokenized(
+        self, corpus: Corpus | None, bos_id: int | None, context: RunContext
+    ) -> Iterable[TokenizedDocument]:
+        d_vocab = context.spec.shape.d_vocab
+        if corpus is None:
+            source = self.config.synthetic
+            assert source is not None
+            n_documents = min(source.n_documents, self.config.max_documents or source.n_documents)
+            return repeated_tokens(
+                n_documents=n_documents,
+                period=source.period,
+                repeats=source.repeats,
+                seed=source.seed,
+                allowed=ordinary_ids(context.spec.tokenizer, d_vocab),
+            )
+        is_chat = corpus.column_type == "messages"
+        assert self.config.dataset is not None
+        settings = Tokenizing(
+            column_type=corpus.column_type,
+            d_vocab=d_vocab,
+            own_bos_id=context.spec.tokenizer.bos_token_id if is_chat else bos_id,
+            chat_template=self.config.dataset.chat_template,
+            min_tokens=self.config.min_document_tokens,
+            max_tokens=self.config.max_document_tokens,
+        )
+        tokenizer = None if corpus.column_type == "token_ids" else context.spec.tokenizer
+        return tokenize(corpus.documents(self.config.max_documents), tokenizer, settings)
+
+    def _manifest(
+        self, context: RunContext, corpus: Corpus | None, writer: TokenTableWriter, problems: Mapping[str, list[str]]
+    ) -> TokenTableManifest:
+        config = self.config
+        bos_id, separator_id = _special_ids(config, context)
+        return TokenTableManifest(
+            layout=config.layout if config.compat == "none" else config.compat,
+            context_length=config.context_length,
+            n_documents=sum(writer.status_counts.values()),
+            n_sequences=writer.n_sequences,
+            n_rows=writer.n_rows,
+            n_truncated=writer.n_truncated,
+            status_counts=dict(writer.status_counts),
+            first_problems={status: tuple(ids) for status, ids in problems.items()},
+            bos_id=bos_id,
+            separator_id=None if config.compat != "none" else separator_id,
+            pad_id=None if config.compat == "none" else compat_pad_id(context.spec.tokenizer, config.compat),
+            dataset="synthetic repeated tokens" if corpus is None else corpus.source.title,
+            dataset_fingerprint=None if corpus is None else corpus.source.fingerprint,
+            tokenizer_sha256=_keep_tokenizer(context, context.corpus(config)),
+            checksums={},
+        )
+
+
+def _special_ids(config: TokenizeTextConfig, context: RunContext) -> tuple[int | None, int | None]:
+    """Return the ids of BOS (for every sequence) and of the separator (after every document), or None.
+
+    Where there is no BOS token, EOS stands in for it, as in TransformerLens.
+    """
+    try:
+        tokenizer = context.spec.tokenizer
+        bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    except ModelLoadError:
+        if config.dataset is None or config.dataset.column_type != "token_ids":
+            raise
+        bos, eos = context.spec.config.bos_token_id, context.spec.config.eos_token_id
+    eos = eos[0] if isinstance(eos, list) else eos
+    wanted = config.prepend_bos
+    if wanted == "model":
+        wanted = context.spec.anatomy.family.default_prepend_bos and (bos is not None or eos is not None)
+    if wanted and bos is None and eos is None:
+        raise RecipeError("prepend_bos: true, but this tokenizer has neither BOS nor EOS")
+    if config.layout == "packed" and eos is None:
+        raise RecipeError("the packed layout joins documents by EOS, which this tokenizer lacks; use layout: documents")
+    bos_id = (eos if bos is None else bos) if wanted else None
+    return bos_id, eos if config.layout == "packed" else None
+
+
+def _note(record: DocumentRow, problems: dict[str, list[str]], meter: Meter) -> None:
+    meter.advance(1)
+    if record.status is not DocumentStatus.OK:
+        named = problems.setdefault(str(record.status), [])
+        if len(named) < _PROBLEMS_NAMED:
+            named.append(record.id)
+
+
+def _keep_tokenizer(context: RunContext, folder: RunFolder) -> str | None:
+    """Copy the tokenizer into the run, so that its ids can be read as text wherever the run goes."""
+    try:
+        tokenizer: Any = context.spec.tokenizer
+    except ModelLoadError:
+        return None
+    partial = folder.new_partial("tokenizer")
+    tokenizer.save_pretrained(partial)
+    if not folder.tokenizer.exists():
+        partial.replace(folder.tokenizer)
+    definition = folder.tokenizer / "tokenizer.json"
+    return sha256_of(definition) if definition.is_file() else None
+
+
+def _describe(table: TokenTable) -> Finding:
+    manifest = table.manifest
+    rows = [
+        ("documents", f"{manifest.n_documents:,}", ""),
+        ("sequences", f"{manifest.n_sequences:,}", f"{manifest.layout}, context {manifest.context_length}"),
+        ("tokens", f"{manifest.n_rows:,}", ""),
+    ]
+    if manifest.n_truncated:
+        rows.append(("truncated tokens", f"{manifest.n_truncated:,}", "of documents longer than what was taken"))
+    for status, ids in manifest.first_problems.items():
+        more = ", ..." if manifest.status_counts[status] > len(ids) else ""
+        rows.append((f"left out: {status}", f"{manifest.status_counts[status]:,}", f"ids {', '.join(ids)}{more}"))
+    return Finding(f"Corpus: {manifest.dataset}", ("", "count", ""), tuple(rows))
