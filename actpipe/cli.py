@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -43,7 +44,7 @@ def run(recipe: Recipe, out: Out = None, set_: Set = None) -> None:
     from actpipe.running import run_recipe
 
     summary = run_recipe(recipe, out=out, overrides=set_ or ())
-    console = Console()
+    console = new_console()
     for finding in summary.findings:
         print_finding(console, finding)
     console.print(f"\nrun folder: {summary.folder}", highlight=False, soft_wrap=True)
@@ -60,7 +61,7 @@ def plan(recipe: Recipe, out: Out = None, set_: Set = None) -> None:
     """
     from actpipe.estimating import estimate_recipe
 
-    console = Console()
+    console = new_console()
     for finding in estimate_recipe(recipe, out=out, overrides=set_ or ()):
         print_finding(console, finding)
 
@@ -76,7 +77,7 @@ def hooks(
     """List the hook points of a model: name, axes, shape and bytes per token. Loads no weights."""
     from actpipe.describing import describe_hooks
 
-    print_finding(Console(), describe_hooks(model, pattern or ["*"], context=context, dtype=dtype, revision=revision))
+    print_finding(new_console(), describe_hooks(model, pattern or ["*"], context=context, dtype=dtype, revision=revision))
 
 
 @app.command()
@@ -90,7 +91,7 @@ def check(
     from actpipe.describing import check_model
 
     finding, holds = check_model(model, dtype=dtype, device=device, revision=revision)
-    print_finding(Console(), finding)
+    print_finding(new_console(), finding)
     if not holds:
         raise typer.Exit(1)
 
@@ -100,7 +101,7 @@ def info(run: Run) -> None:
     """Say what a run folder holds: model, corpora, arrays, results, and how much of it is done."""
     from actpipe.describing import describe_run
 
-    console = Console()
+    console = new_console()
     for finding in describe_run(run):
         print_finding(console, finding)
 
@@ -111,7 +112,7 @@ def verify(run: Run) -> None:
     from actpipe.describing import verify_run
 
     problems, n_bytes = verify_run(run)
-    console = Console()
+    console = new_console()
     for problem in problems:
         console.print(f"[red]wrong[/] {escape(problem)}", highlight=False, soft_wrap=True)
     if problems:
@@ -119,14 +120,25 @@ def verify(run: Run) -> None:
     console.print(f"all is well: {n_bytes} checked", highlight=False)
 
 
+_PLAIN_WIDTH = 160
+"""Width of tables where there is no terminal to fit into."""
+
+
+def new_console() -> Console:
+    """Return a console on the standard output stream."""
+    console = Console()
+    return console if console.is_terminal else Console(width=_PLAIN_WIDTH)
+
+
 def print_finding(console: Console, finding: Finding) -> None:
     """Print a finding as a table."""
-    table = Table(title=escape(finding.title), title_justify="left", title_style="bold", show_edge=False, pad_edge=False)
+    table = Table(show_edge=False, pad_edge=False, box=SIMPLE_HEAD, show_header=any(finding.columns))
     for position, column in enumerate(finding.columns):
-        table.add_column(column, justify="right" if position == 1 else "left")
+        table.add_column(column, justify="right" if position == 1 else "left", no_wrap=position == 0)
     for row in finding.rows:
         table.add_row(*map(escape, row))
     console.print()
+    console.print(escape(finding.title), style="bold", highlight=False)
     console.print(table)
     if finding.note:
         console.print(escape(finding.note), style="dim", highlight=False)

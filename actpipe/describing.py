@@ -96,10 +96,11 @@ def open_run(path: Path) -> RunFolder:
 
 def describe_run(path: Path) -> list[Finding]:
     """Say what a run folder holds."""
-    return [finding for name, folder in corpora(open_run(path)).items() for finding in _describe_corpus(name, folder)]
+    return [finding for name, folder in corpora(open_run(path)).items() for finding in describe_corpus(name, folder)]
 
 
-def _describe_corpus(name: str, folder: RunFolder) -> list[Finding]:
+def describe_corpus(name: str, folder: RunFolder) -> list[Finding]:
+    """Say what one corpus of a run holds."""
     if not TokenTable.exists(folder):
         return [Finding(f"Corpus {name}", ("",), (("not tokenized yet",),))]
     tokens = TokenTable(folder).manifest
@@ -115,7 +116,7 @@ def _describe_corpus(name: str, folder: RunFolder) -> list[Finding]:
     results = list_results(folder)
     if results:
         shown = tuple(
-            (r.record.name, r.record.kind, ", ".join(f"{k} {v:.4g}" for k, v in r.record.summary.items() if k != ""))
+            (r.record.name, r.record.kind, ", ".join(f"{k} {v:.4g}" for k, v in r.record.summary.items()))
             for r in results
         )
         findings.append(Finding(f"Results of {name}", ("name", "kind", "summary"), shown))
