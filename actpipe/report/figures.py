@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,17 +33,6 @@ class Plot:
     figure: go.Figure
 
 
-def plots_of(result: Result) -> Iterator[Plot]:
-    """Yield the figures of one result."""
-    makers: dict[str, Callable[[Result], Iterator[Plot]]] = {
-        "metrics": _metrics,
-        "residual": _residual,
-        "attribution": _attribution,
-        "heads": _heads,
-    }
-    yield from makers[result.record.kind](result)
-
-
 def _styled(figure: go.Figure, height: int) -> go.Figure:
     return figure.update_layout(
         template="simple_white",
@@ -53,6 +42,7 @@ def _styled(figure: go.Figure, height: int) -> go.Figure:
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         hoverlabel={"font": {"size": 13}},
+        modebar={"bgcolor": "rgba(0,0,0,0)", "color": "#b6bdc7", "activecolor": "#5b6675"},
     )
 
 
@@ -84,10 +74,10 @@ def _metrics(result: Result) -> Iterator[Plot]:
         )
         figure.add_scatter(x=position, y=mean, mode="lines", line={"color": _BLUE, "width": 2}, showlegend=False)
         overall = float(result.record.summary[metric])
-        figure.add_hline(y=overall, line={"color": _GREY, "dash": "dot"}, annotation_text=f"mean {overall:.3f}")
+        figure.add_hline(y=overall, line={"color": _GREY, "dash": "dot"})
         figure.update_xaxes(title="position in the sequence")
         figure.update_yaxes(title=unit, rangemode="tozero")
-        caption = "Mean over all tokens at a position, with a 95 % interval of the mean."
+        caption = f"Mean over all tokens at a position, with its 95 % interval. Dotted: over all positions, {overall:.3f}."
         yield Plot(title, caption, _styled(figure, 340))
 
 
@@ -109,7 +99,7 @@ def _bars(table: pd.DataFrame, value: str, unit: str, error: str | None = None) 
 
 
 def _heat_map(values: np.ndarray, unit: str, *, diverging: bool) -> go.Figure:
-    """Draw layers downwards and heads across."""
+    """Draw layers downwards and heads across; shares from 0 to 1, other values symmetric about 0."""
     n_layers, n_heads = values.shape
     largest = float(np.nanmax(np.abs(values), initial=1e-9))
     figure = go.Figure(
@@ -119,8 +109,8 @@ def _heat_map(values: np.ndarray, unit: str, *, diverging: bool) -> go.Figure:
             y=np.arange(n_layers),
             colorscale="RdBu" if diverging else "Blues",
             reversescale=diverging,
-            zmin=-largest if diverging else min(0.0, float(np.nanmin(values))),
-            zmax=largest,
+            zmin=-largest if diverging else 0.0,
+            zmax=largest if diverging else 1.0,
             colorbar={"title": {"text": unit, "side": "right"}, "thickness": 14},
             texttemplate="%{z:.2f}" if values.size <= 200 else None,
             hovertemplate="L%{y}H%{x}: %{z:.4f}<extra></extra>",
@@ -187,3 +177,19 @@ def _heads(result: Result) -> Iterator[Plot]:
             f"Highest: L{best['layer']}H{best['head']} with {best['matched']:.3f}.",
             _heat_map(_layer_by_head(table, "matched"), "share", diverging=False),
         )
+
+
+_MAKERS: dict[str, Callable[[Result], Iterator[Plot]]] = {
+    "metrics": _metrics,
+    "attribution": _attribution,
+    "heads": _heads,
+    "residual": _residual,
+}
+"""By kind of result, in the order of the page."""
+
+
+def plots_of(results: Iterable[Result]) -> Iterator[Plot]:
+    """Yield the figures of all results of a corpus, kind by kind."""
+    by_kind = sorted(results, key=lambda result: list(_MAKERS).index(result.record.kind))
+    for result in by_kind:
+        yield from _MAKERS[result.record.kind](result)

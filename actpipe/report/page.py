@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from importlib.resources import files
+from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 from plotly.offline import get_plotlyjs
@@ -30,7 +32,8 @@ class _Card:
 class _Drawn:
     title: str
     caption: str
-    html: str
+    height: int
+    figure: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -85,13 +88,8 @@ def _cards(found: dict[str, RunFolder]) -> list[_Card]:
 
 def _section(name: str, folder: RunFolder) -> _Section:
     plots = [
-        _Drawn(
-            plot.title,
-            plot.caption,
-            plot.figure.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False, "responsive": True}),
-        )
-        for result in list_results(folder)
-        for plot in plots_of(result)
+        _Drawn(plot.title, plot.caption, plot.figure.layout.height, json.loads(plot.figure.to_json()))
+        for plot in plots_of(list_results(folder))
     ]
     lead = "Nothing was tokenized yet."
     if TokenTable.exists(folder):
