@@ -9,15 +9,33 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from actpipe.errors import ActpipeError as ActpipeError
+    from actpipe.jobs.residual import decompose_resid as decompose_resid
     from actpipe.models.hooked_model import HookedModel as HookedModel
+    from actpipe.opening import open_results as open_results
+    from actpipe.opening import open_store as open_store
+    from actpipe.running import run_recipe as run_recipe
 
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "ActpipeError": "actpipe.errors",
     "HookedModel": "actpipe.models.hooked_model",
+    "decompose_resid": "actpipe.jobs.residual",
+    "open_results": "actpipe.opening",
+    "open_store": "actpipe.opening",
+    "run_recipe": "actpipe.running",
 }
 
-__all__ = ["HookedModel", "__version__"]
+__all__ = [
+    "ActpipeError",
+    "HookedModel",
+    "__version__",
+    "decompose_resid",
+    "open_results",
+    "open_store",
+    "run_recipe",
+]
 
 
 def __getattr__(name: str) -> Any:

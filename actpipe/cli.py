@@ -59,10 +59,10 @@ def plan(recipe: Recipe, out: Out = None, set_: Set = None) -> None:
 
     Tokenizes a sample of the documents and times one batch of the model.
     """
-    from actpipe.estimating import estimate_recipe
+    from actpipe.running import plan_recipe
 
     console = new_console()
-    for finding in estimate_recipe(recipe, out=out, overrides=set_ or ()):
+    for finding in plan_recipe(recipe, out=out, overrides=set_ or ()):
         print_finding(console, finding)
 
 
@@ -75,7 +75,7 @@ def hooks(
     revision: Revision = None,
 ) -> None:
     """List the hook points of a model: name, axes, shape and bytes per token. Loads no weights."""
-    from actpipe.describing import describe_hooks
+    from actpipe.model_tables import describe_hooks
 
     print_finding(new_console(), describe_hooks(model, pattern or ["*"], context=context, dtype=dtype, revision=revision))
 
@@ -88,7 +88,7 @@ def check(
     revision: Revision = None,
 ) -> None:
     """Prove the hooks on this very model by identities. Exits with 1 where one fails."""
-    from actpipe.describing import check_model
+    from actpipe.model_tables import check_model
 
     finding, holds = check_model(model, dtype=dtype, device=device, revision=revision)
     print_finding(new_console(), finding)

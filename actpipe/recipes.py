@@ -224,8 +224,7 @@ def _message(detail: ErrorDetails, path: Path_, config: type[BaseModel]) -> str:
     kind, context = detail["type"], detail.get("ctx", {})
     if kind == "extra_forbidden":
         known = list(config.model_fields)
-        hint = did_you_mean(str(path[-1]), known) or f"; there are {', '.join(known)}"
-        return f"unknown key{hint}"
+        return "unknown key" + (did_you_mean(str(path[-1]), known) or f"; there are {', '.join(known)}")
     if kind == "union_tag_invalid":
         names = [tag.strip("' ") for tag in str(context["expected_tags"]).split(",")]
         hint = did_you_mean(str(context["tag"]), names) or f"; there are {', '.join(names)}"

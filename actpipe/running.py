@@ -27,7 +27,7 @@ from actpipe.schemas.recipe import (
     StageConfig,
     TokenizeTextConfig,
 )
-from actpipe.stage import RunContext, Stage, check_order, find_stage, foreign_configs
+from actpipe.stage import Plans, RunContext, Stage, check_order, find_stage, foreign_configs
 from actpipe.stores.layout import RunFolder, only_run_in, write_whole
 from actpipe.stores.results import list_results
 from actpipe.stores.token_table import TokenTable
@@ -69,27 +69,53 @@ def run_recipe(
     Raises:
         ActpipeError: The recipe, the model, the data or what is on disk does not fit; nothing was run.
     """
+    stages, context = _prepare(recipe, out, overrides, telemetry or Telemetry())
+    folder = context.folder
+    existed = folder.root.exists()
+    with only_run_in(folder):
+        try:
+            _check_everything(stages, context)
+        except Exception:
+            _leave_no_trace(folder, existed=existed)
+            raise
+        context.telemetry.log = folder.log
+        _write_record(folder, context.recipe, context.spec)
+        _run_stages(stages, context)
+    return RunSummary(folder.root, tuple(context.findings))
+
+
+def plan_recipe(
+    recipe: str | Path | Mapping[str, Any],
+    *,
+    out: str | Path | None = None,
+    overrides: Iterable[str] = (),
+    telemetry: Telemetry | None = None,
+) -> list[Finding]:
+    """Say what a recipe would cost, and leave nothing on disk; arguments and errors are those of `run_recipe`."""
+    stages, context = _prepare(recipe, out, overrides, telemetry or Telemetry())
+    _check_everything(stages, context)
+    return [stage.plan(context) for stage in stages if isinstance(stage, Plans)]
+
+
+def _prepare(
+    recipe: str | Path | Mapping[str, Any], out: str | Path | None, overrides: Iterable[str], telemetry: Telemetry
+) -> tuple[list[Stage], RunContext]:
     text, base = read_any(recipe)
     checked = load_recipe(with_overrides(text, overrides))
     name = checked.name or Path(text.title).stem
     folder = RunFolder(Path(out) if out is not None else Path("runs") / name)
-    context = make_context(checked, base, folder, telemetry or Telemetry())
-    stages = [find_stage(config.stage)(config) for config in checked.stages]
-    check_names(checked.stages)
+    context = make_context(checked, base, folder, telemetry)
+    return [find_stage(config.stage)(config) for config in checked.stages], context
+
+
+def _check_everything(stages: Sequence[Stage], context: RunContext) -> None:
+    """Refuse what cannot work before anything runs."""
+    folder = context.folder
+    check_names(context.recipe.stages)
     check_order(stages, lambda corpus, kind: _is_present(folder.corpus(corpus), kind))
-    existed = folder.root.exists()
-    with only_run_in(folder):
-        context.telemetry.log = folder.log
-        try:
-            _check_against_record(folder, checked, context.spec)
-            for stage in stages:
-                stage.check(context)
-        except Exception:
-            _leave_no_trace(folder, existed=existed)
-            raise
-        _write_record(folder, checked, context.spec)
-        _run_stages(stages, context)
-    return RunSummary(folder.root, tuple(context.findings))
+    _check_against_record(folder, context.recipe, context.spec)
+    for stage in stages:
+        stage.check(context)
 
 
 def read_any(recipe: str | Path | Mapping[str, Any]) -> tuple[RecipeText, Path]:

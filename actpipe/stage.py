@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 from actpipe.errors import ActpipeError, RecipeError
 from actpipe.records import Finding, Part
@@ -44,6 +44,8 @@ class RunContext:
     load_spec: Callable[[], ModelSpec]
     load_model: Callable[[], HookedModel]
     findings: list[Finding] = field(default_factory=list)
+    planned_rows: dict[str, int] = field(default_factory=dict)
+    """Tokens that a plan expects, by corpus."""
 
     @cached_property
     def spec(self) -> ModelSpec:
@@ -91,6 +93,14 @@ class Stage(Protocol):
 
     def run(self, context: RunContext) -> None:
         """Do what is not yet done; doing it twice changes nothing."""
+
+
+@runtime_checkable
+class Plans(Protocol):
+    """A stage that can say beforehand what it will cost."""
+
+    def plan(self, context: RunContext) -> Finding:
+        """Say what it will cost; leaves nothing on disk."""
 
 
 def find_stage(name: str) -> Callable[[Any], Stage]:

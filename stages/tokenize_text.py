@@ -22,6 +22,7 @@ from actpipe.text.packing import Packing, pack, split
 from actpipe.text.tokenizing import Tokenizing, ordinary_ids, repeated_tokens, tokenize
 
 _PROBLEMS_NAMED = 5
+_SAMPLE_DOCUMENTS = 500
 
 Records = Iterator[DocumentRow | Sequence]
 
@@ -52,6 +53,39 @@ class TokenizeText:
         if not TokenTable.exists(folder):
             self._write(context, folder)
         context.findings.append(_describe(TokenTable(folder)))
+
+    def plan(self, context: RunContext) -> Finding:
+        """Count tokens: exactly where the table is there, else from a sample of the documents."""
+        folder = context.corpus(self.config)
+        if TokenTable.exists(folder):
+            table = TokenTable(folder)
+            context.planned_rows[self.config.corpus] = table.manifest.n_rows
+            return _describe(table)
+        corpus = self._corpus(context)
+        total = self._expected_documents(corpus) or (corpus.source.guess_length() if corpus else None)
+        limit = min(_SAMPLE_DOCUMENTS, self.config.max_documents or _SAMPLE_DOCUMENTS)
+        sampler = TokenizeText(self.config.model_copy(update={"max_documents": limit}))
+        n_documents = n_rows = 0
+        for record in sampler._records(corpus, context):
+            if isinstance(record, DocumentRow):
+                n_documents += 1
+            else:
+                n_rows += record.n_tokens
+        most = self.config.max_tokens
+        whole = total is None or n_documents >= total or n_rows == most
+        rows = n_rows if whole else round(n_rows * (total or 0) / max(1, n_documents))
+        rows = rows if most is None else min(rows, most)
+        context.planned_rows[self.config.corpus] = rows
+        shown = "unknown" if total is None else f"{total:,}"
+        return Finding(
+            f"Corpus: {self.config.corpus}",
+            ("", "expected", ""),
+            (
+                ("documents", shown, "" if total is None else "in the dataset"),
+                ("tokens", f"{rows:,}", f"from the first {n_documents:,} documents"),
+            ),
+            note="the length of this dataset is unknown: the tokens are those of the sample" if total is None else "",
+        )
 
     def _corpus(self, context: RunContext) -> Corpus | None:
         if self.config.dataset is None:
@@ -90,7 +124,7 @@ class TokenizeText:
             settings = Compat(
                 version=self.config.compat,
                 max_length=self.config.context_length,
-                add_bos_token=bos_id is not None,
+                bos_id=bos_id,
                 num_proc=self.config.compat_num_proc,
                 n_documents=self._expected_documents(corpus),
             )

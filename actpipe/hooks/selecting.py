@@ -85,4 +85,4 @@ def _explain(pattern: str, catalogue: Mapping[str, HookPoint], n_layers: int) ->
         return f"hook {pattern!r} has characters that no hook name has; `actpipe hooks MODEL` lists the names"
     numberless = re.sub(r"^blocks\.[^.]+\.", "blocks.0.", pattern)
     hint = did_you_mean(numberless, catalogue)
-    return f"no hook of this {n_layers}-layer model matches {pattern!r}{hint}; `actpipe hooks MODEL` lists the names"
+    return f"no hook of this {n_layers}-layer model matches {pattern!r} (`actpipe hooks MODEL` lists them){hint}"

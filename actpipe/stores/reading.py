@@ -67,8 +67,17 @@ class StoredArray:
         return int(np.prod(self.manifest.row_shape, dtype=np.int64)) * self.dtype.itemsize
 
     def part(self, index: int) -> npt.NDArray[Any]:
-        """Return one part, mapped and not yet read."""
+        """Return one part, mapped and not yet read.
+
+        Raises:
+            IncompleteStoreError: The part is not there.
+        """
         path = self.store / chunk_path(self.manifest, index)
+        if not path.is_file():
+            raise IncompleteStoreError(
+                f"part {index} of {self.manifest.path} is not there: {path} is missing; "
+                "run the recipe again to finish the store"
+            )
         chunk = _map_chunk(path, self.manifest.dtype, (self.rows_per_part, *self.manifest.row_shape))
         return chunk[: self.n_rows - index * self.rows_per_part]
 
@@ -226,8 +235,8 @@ class ActivationStore:
         """
         if name not in self._by_name:
             raise UnknownHookError(
-                f"{self.folder.store} has no array {name!r}{did_you_mean(name, self._by_name)}; "
-                f"it has {len(self.array_names)}, `actpipe info {self.folder.root}` lists them"
+                f"{self.folder.store} has no array {name!r} among its {len(self.array_names)}, which "
+                f"`actpipe info {self.folder.root}` lists{did_you_mean(name, self._by_name)}"
             )
         manifest = self._by_name[name]
         return StoredArray(self.folder.store.resolve(), manifest, self.n_rows, self.manifest.rows_per_part)

@@ -65,7 +65,7 @@ def find_result(folder: RunFolder, name: str) -> Result:
     results = {result.record.name: result for result in list_results(folder)}
     if name not in results:
         raise IncompleteStoreError(
-            f"{folder.root} has no result {name!r}{did_you_mean(name, results)}; it has {', '.join(results) or 'none'}"
+            f"{folder.root} has no result {name!r}, it has {', '.join(results) or 'none'}{did_you_mean(name, results)}"
         )
     return results[name]
 

@@ -33,7 +33,8 @@ class Compat:
     version: str
     """`tl2` or `tl3`."""
     max_length: int
-    add_bos_token: bool
+    bos_id: int | None
+    """Stands at the start of every row (`add_bos_token`), or None."""
     num_proc: int = 1
     n_documents: int | None = None
     """Length of the dataset, needed where `num_proc` is above 1."""
@@ -59,8 +60,8 @@ def tokenize_and_concatenate(
         raise DatasetError("`compat` joins documents by EOS, and this tokenizer has none")
     rows_of: Callable[[list[str], Any, int], list[TokenIds]] = _rows_tl2 if settings.version == "tl2" else _rows_tl3
     tokenizer = _with_padding(tokenizer)
-    length = settings.max_length - settings.add_bos_token
-    bos = np.int32([tokenizer.bos_token_id]) if settings.add_bos_token else np.empty(0, np.int32)
+    bos = np.empty(0, np.int32) if settings.bos_id is None else np.int32([settings.bos_id])
+    length = settings.max_length - len(bos)
     n_sequences, first_row = 0, 0
     for batch in _map_batches(documents, settings):
         texts = []

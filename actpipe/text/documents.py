@@ -79,7 +79,7 @@ def open_corpus(config: DatasetConfig, keep: Keep, base: Path) -> Corpus:
     for wanted in (config.column, config.id_column, *(() if isinstance(keep, str) else keep)):
         if wanted is not None and wanted not in names:
             raise DatasetError(
-                f"{source.title} has no column {wanted!r}{did_you_mean(wanted, names)}; it has {', '.join(names)}"
+                f"{source.title} has no column {wanted!r}, it has {', '.join(names)}{did_you_mean(wanted, names)}"
             )
     id_column = config.id_column or ("id" if "id" in names else None)
     kept = _kept_columns(schema, keep, leave_out={config.column, id_column})

@@ -12,6 +12,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -57,6 +58,9 @@ class Source(Protocol):
     @property
     def length(self) -> int | None:
         """Number of documents, where it is known before reading."""
+
+    def guess_length(self) -> int | None:
+        """Return about how many documents there are, where that is cheap to say."""
 
     def batches(self) -> Iterator[Batch]:
         """Yield columns of some documents at a time, in order, a few MiB of text at most."""
@@ -163,6 +167,10 @@ class DatasetSource:
         self.fingerprint: str | None = getattr(dataset, "_fingerprint", None)
         self.length: int | None = len(dataset) if hasattr(dataset, "__len__") else None
 
+    def guess_length(self) -> int | None:
+        """Return the length, which is exact where it is known."""
+        return self.length
+
     @property
     def schema(self) -> pa.Schema | None:
         """Columns and types, from the dataset's features."""
@@ -222,6 +230,14 @@ class FileSource:
             return None
         parts = (f"{Path(file).name}:{Path(file).stat().st_size}" for file in self.files)
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    def guess_length(self) -> int | None:
+        """Guess from the size of the files and that of the first documents; none for remote or packed files."""
+        if any("://" in file or Path(file).suffix in _COMPRESSED for file in self.files):
+            return None
+        sizes = [size for _, size in islice(self.reader(self.files[0]), _BATCH_DOCUMENTS)]
+        total = sum(Path(file).stat().st_size for file in self.files)
+        return max(len(sizes), round(total * len(sizes) / max(1, sum(sizes)))) if sizes else 0
 
     def batches(self) -> Iterator[Batch]:
         """Yield columns of some documents at a time."""

@@ -33,7 +33,7 @@ def family_of(model_type: str) -> Family:
     families = all_families()
     if model_type not in families:
         raise UnsupportedModelError(
-            f"no entry says where the parts of a {model_type!r} model are"
-            f"{did_you_mean(model_type, families)}; there are entries for {', '.join(sorted(families))}"
+            f"no entry says where the parts of a {model_type!r} model are; there are entries for "
+            f"{', '.join(sorted(families))}{did_you_mean(model_type, families)}"
         )
     return families[model_type]

@@ -1,0 +1,1 @@
+"""Forward passes into a store: where models, stores and batches meet."""

@@ -1,0 +1,88 @@
+"""What an extraction will take: bytes, parts, memory, and time measured on one batch."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import torch
+
+from actpipe.extraction.worker import LOGITS_AT_ONCE
+from actpipe.models.hooked_model import HookedModel
+from actpipe.models.taps import UNEMBED_INPUT
+from actpipe.planning import count_parts, format_bytes
+from actpipe.records import Finding
+from actpipe.schemas.manifest import StoreManifest
+from actpipe.schemas.recipe import ExtractActivationsConfig
+from actpipe.stores.dtypes import numpy_dtype
+
+_PROCESS_BYTES = 1_000 * 10**6
+"""Python with torch and transformers loaded, and the margin of the allocator."""
+_TIMED_TOKENS = 2048
+
+
+def row_bytes(manifest: StoreManifest) -> int:
+    """Return the bytes of one token in all arrays together."""
+    return sum(math.prod(array.row_shape) * numpy_dtype(array.dtype).itemsize for array in manifest.arrays)
+
+
+def peak_bytes(config: ExtractActivationsConfig, manifest: StoreManifest, model_bytes: int) -> int:
+    """Bound the peak memory of an extraction in one process, weights included.
+
+    The activations of a layer are counted twenty times d_model plus four times d_mlp in float32,
+    scores and patterns three times over, what waits for the disk once, logits three times.
+    """
+    shape, context_length = manifest.shape, manifest.context_length
+    batch_tokens = max(config.batch_tokens, context_length)
+    layer = 4 * batch_tokens * (20 * shape.d_model + 4 * shape.d_mlp)
+    looks_at_keys = any("key_position" in array.axes for array in manifest.arrays)
+    scores = 3 * 4 * batch_tokens * shape.n_heads * context_length if looks_at_keys else 0
+    largest = max(math.prod(array.row_shape) * numpy_dtype(array.dtype).itemsize for array in manifest.arrays)
+    waiting = config.queue_bytes + 2 * largest * batch_tokens
+    logits = 3 * 4 * max(LOGITS_AT_ONCE, shape.d_vocab) if config.metrics else 0
+    sequences = 16 * manifest.rows_per_part
+    return _PROCESS_BYTES + model_bytes + layer + scores + waiting + logits + sequences
+
+
+def tokens_per_second(config: ExtractActivationsConfig, model: HookedModel, context_length: int) -> float:
+    """Run one batch as the extraction will, without storing it, and return its speed (the better of two)."""
+    names = [*model.select(config.hooks), *([UNEMBED_INPUT] if config.metrics else [])]
+    n_sequences = max(1, min(_TIMED_TOKENS, config.batch_tokens) // context_length)
+    ids = torch.zeros(n_sequences, context_length, dtype=torch.long, device=model.device)
+    seconds = []
+    with torch.inference_mode(), model.capture(names, lambda _, tensor: tensor.clone().cpu(), stop=True) as capture:
+        for _ in range(2):
+            started = time.perf_counter()
+            capture.run(ids)
+            if config.metrics:
+                model.unembed(torch.zeros(ids.numel(), model.shape.d_model, dtype=model.dtype, device=model.device))
+            if model.device.type == "cuda":
+                torch.cuda.synchronize(model.device)
+            seconds.append(time.perf_counter() - started)
+    return ids.numel() / min(seconds)
+
+
+def estimate(config: ExtractActivationsConfig, manifest: StoreManifest, model: HookedModel) -> Finding:
+    """Say what an extraction will take."""
+    per_token = row_bytes(manifest)
+    model_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.native.parameters())
+    speed = tokens_per_second(config, model, manifest.context_length)
+    n_parts = count_parts(manifest.n_rows, manifest.rows_per_part)
+    largest = max(manifest.arrays, key=lambda array: math.prod(array.row_shape))
+    chunk = math.prod(largest.row_shape) * numpy_dtype(largest.dtype).itemsize * manifest.rows_per_part
+    rows = (
+        ("arrays", f"{len(manifest.arrays)}", f"{per_token:,} bytes per token"),
+        ("written", format_bytes(per_token * manifest.n_rows), f"{manifest.n_rows:,} tokens"),
+        ("parts", f"{n_parts:,}", f"of {manifest.rows_per_part:,} tokens; largest chunk {format_bytes(chunk)}"),
+        ("memory", format_bytes(peak_bytes(config, manifest, model_bytes)), f"at most, weights {format_bytes(model_bytes)}"),
+        ("time", _duration(manifest.n_rows / speed), f"at {speed:,.0f} tokens/s, measured on one batch on {model.device}"),
+    )
+    return Finding(f"Store: {manifest.corpus}", ("", "expected", ""), rows)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"

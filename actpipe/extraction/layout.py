@@ -1,0 +1,69 @@
+"""Settle what a store will hold, before any of it is computed."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from actpipe.errors import RecipeError
+from actpipe.models.hooked_model import ModelSpec
+from actpipe.planning import rows_per_part_for
+from actpipe.schemas.manifest import ArrayManifest, ShapeRecord, StoreManifest
+from actpipe.schemas.recipe import ExtractActivationsConfig
+
+TOKEN_ARRAYS = {"input_ids": "int32", "position": "int32", "sequence": "int64"}
+
+
+def check_rows_per_part(config: ExtractActivationsConfig, layout: str, context_length: int) -> None:
+    """Refuse parts that would cut packed sequences, so that each would be run twice.
+
+    Raises:
+        RecipeError: Says both numbers.
+    """
+    if config.rows_per_part != "auto" and layout == "packed" and config.rows_per_part % context_length:
+        raise RecipeError(
+            f"rows_per_part ({config.rows_per_part}) is not a multiple of context_length ({context_length}): "
+            "packed sequences would be run twice"
+        )
+
+
+def plan_store(
+    config: ExtractActivationsConfig, spec: ModelSpec, *, n_rows: int, context_length: int, layout: str
+) -> StoreManifest:
+    """Settle shapes, types and parts of everything that will be stored.
+
+    Args:
+        config: What to store.
+        spec: The model.
+        n_rows: Tokens of the corpus.
+        context_length: Its longest sequence.
+        layout: How documents became sequences: `packed`, `documents`, `tl2` or `tl3`.
+    """
+    check_rows_per_part(config, layout, context_length)
+    rows_per_part = config.rows_per_part
+    if rows_per_part == "auto":
+        rows_per_part = rows_per_part_for(n_rows, multiple_of=1 if layout == "documents" else context_length)
+    dtype = spec.identity.dtype if config.dtype == "model" else config.dtype
+    arrays = [ArrayManifest(path=f"tokens/{n}", dtype=t, row_shape=(), axes=("row",)) for n, t in TOKEN_ARRAYS.items()]
+    for name in spec.select(config.hooks):
+        point = spec.hook_points[name]
+        arrays.append(
+            ArrayManifest(
+                path=f"activations/{name}",
+                dtype=dtype,
+                row_shape=point.row_shape(spec.shape, context_length),
+                axes=("row", *point.axes),
+            )
+        )
+    arrays += [
+        ArrayManifest(path=f"metrics/{metric}", dtype="float32", row_shape=(), axes=("row",))
+        for metric in dict.fromkeys(config.metrics)
+    ]
+    return StoreManifest(
+        corpus=config.corpus,
+        n_rows=n_rows,
+        rows_per_part=rows_per_part,
+        context_length=context_length,
+        model=spec.identity,
+        shape=ShapeRecord(**asdict(spec.shape)),
+        arrays=tuple(arrays),
+    )
