@@ -21,8 +21,7 @@ _NOT_THE_NUMBERS = {"name", "corpus", "block_bytes", "stage"}
 
 def result_name(config: AnalysisConfig) -> str:
     """Return the name under which a stage's result is kept."""
-    stage: str = getattr(config, "stage")  # noqa: B009 - every concrete settings model has it
-    return config.name or stage
+    return config.name or config.stage
 
 
 def run_analysis(context: RunContext, config: AnalysisConfig, kind: Kind, compute: Compute) -> Result:

@@ -30,9 +30,13 @@ Model = Annotated[str, typer.Argument(help="Hub name (gpt2) or folder of a model
 Out = Annotated[Path | None, typer.Option("--out", help="Run folder. By default runs/NAME.", show_default=False)]
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting: model.dtype=float16, tokenize_text.max_tokens=1000."),
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Change a setting: model.dtype=float16, tokenize_text.max_tokens=1000."
+    ),
 ]
-Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit on the hub.", show_default=False)]
+Revision = Annotated[
+    str | None, typer.Option("--revision", help="Branch, tag or commit on the hub.", show_default=False)
+]
 
 
 @app.command()
@@ -77,7 +81,9 @@ def hooks(
     """List the hook points of a model: name, axes, shape and bytes per token. Loads no weights."""
     from actpipe.model_tables import describe_hooks
 
-    print_finding(new_console(), describe_hooks(model, pattern or ["*"], context=context, dtype=dtype, revision=revision))
+    print_finding(
+        new_console(), describe_hooks(model, pattern or ["*"], context=context, dtype=dtype, revision=revision)
+    )
 
 
 @app.command()

@@ -15,6 +15,7 @@ from actpipe.stores.verifying import chunk_bytes, corpora, find_problems
 from actpipe.stores.writing import committed_parts
 from actpipe.telemetry import Telemetry
 
+
 def open_run(path: Path) -> RunFolder:
     """Return a run's folder.
 

@@ -15,9 +15,7 @@ from actpipe.records import Finding
 _ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
-def describe_hooks(
-    model: str, patterns: Sequence[str], *, context: int, dtype: str, revision: str | None
-) -> Finding:
+def describe_hooks(model: str, patterns: Sequence[str], *, context: int, dtype: str, revision: str | None) -> Finding:
     """List hook points with the bytes that one token takes on disk.
 
     Args:
@@ -54,7 +52,13 @@ def check_model(model: str, *, dtype: str, device: str, revision: str | None) ->
     hooked = HookedModel.from_pretrained(model, revision=revision, dtype=dtype, device=device)
     outcomes = check_identities(hooked, probe_ids(hooked))
     rows = tuple(
-        ("holds" if o.holds else "FAILS", f"{o.error:.1e}", f"{o.tolerance:.0e}", o.statement, "" if o.holds else o.where)
+        (
+            "holds" if o.holds else "FAILS",
+            f"{o.error:.1e}",
+            f"{o.tolerance:.0e}",
+            o.statement,
+            "" if o.holds else o.where,
+        )
         for o in outcomes
     )
     n_failed = sum(not outcome.holds for outcome in outcomes)

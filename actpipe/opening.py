@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy.typing as npt
 
@@ -31,7 +32,7 @@ def open_store(run: str | Path, *, corpus: str = MAIN_CORPUS, partial: bool = Fa
     return store
 
 
-def _decode(folder: RunFolder, ids: npt.NDArray) -> str:
+def _decode(folder: RunFolder, ids: npt.NDArray[Any]) -> str:
     return decode_ids(folder.tokenizer, ids.tolist())
 
 

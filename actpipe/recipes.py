@@ -158,9 +158,7 @@ def _problems(error: ValidationError, text: RecipeText, model: type[Recipe]) -> 
             said.append(message)
     outermost = {path[:length] for path in messages for length in range(len(path))}
     return [
-        text.place(path) + _dotted(path) + " or ".join(said)
-        for path, said in messages.items()
-        if path not in outermost
+        text.place(path) + _dotted(path) + " or ".join(said) for path, said in messages.items() if path not in outermost
     ]
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt
-
 from actpipe.schemas.base import Contract
+from pydantic import Field, NonNegativeInt
 
 Crc32c = Annotated[str, Field(pattern=r"^[0-9a-f]{8}$")]
 
@@ -28,6 +27,6 @@ class Commit(Contract):
     part: NonNegativeInt
     row_start: NonNegativeInt
     row_stop: NonNegativeInt
-    n_clipped: dict[str, int] = {}
+    n_clipped: dict[str, int] = Field(default_factory=dict)
     """Values clipped to the largest of the element type, by array, where the recipe asks for clipping."""
     chunks: tuple[ChunkRecord, ...]

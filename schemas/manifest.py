@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt
-
 from actpipe.schemas.base import Contract
 from actpipe.schemas.recipe import Name
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveInt, StringConstraints, model_validator
-
 from actpipe.schemas.base import Contract
+from pydantic import Field, PositiveInt, StringConstraints, model_validator
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=64)]
 NonEmpty = Annotated[str, StringConstraints(min_length=1)]
@@ -80,6 +79,8 @@ class RepeatedTokensConfig(Contract):
 class StageConfig(Contract):
     """What every stage has."""
 
+    stage: str
+    """Name of the stage, under which its package registers it."""
     corpus: Name = "main"
     """Which corpus of the run the stage works on; `main` is the run folder itself, others are folders in it."""
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import Field
+
 from actpipe.schemas.base import Contract
 from actpipe.schemas.recipe import Name
 
@@ -23,5 +25,5 @@ class ResultRecord(Contract):
     """File name of the labelled arrays (a Zarr group that xarray opens), if any."""
     table: str | None = None
     """File name of the table (Parquet), if any."""
-    summary: dict[str, float | int | str] = {}
+    summary: dict[str, float | int | str] = Field(default_factory=dict)
     """The few numbers worth a line."""

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 import xarray as xr
+from actpipe.schemas.recipe import AttributeLogitsConfig
 
 from actpipe.analysis import require_hooks, run_analysis
 from actpipe.compute.attribution import fold_unembedding
@@ -25,7 +26,6 @@ from actpipe.jobs.attribution import (
 from actpipe.jobs.residual import components_of
 from actpipe.models.hooked_model import HookedModel
 from actpipe.records import Finding
-from actpipe.schemas.recipe import AttributeLogitsConfig
 from actpipe.stage import RunContext
 from actpipe.stores.reading import ActivationStore
 from actpipe.stores.results import Result, ResultWriter, labels
@@ -71,9 +71,7 @@ class AttributeLogits:
                 axes=("row", "component"),
                 chunk_rows=store.manifest.rows_per_part,
             )
-        sums = attribute_store(
-            store, weights, block_bytes=self.config.block_bytes, done=meter.advance, **options
-        )
+        sums = attribute_store(store, weights, block_bytes=self.config.block_bytes, done=meter.advance, **options)
         allowed = _ROUNDING[store.array("hook_embed").manifest.dtype]
         if not sums.worst <= allowed:
             raise IdentityError(
@@ -130,7 +128,7 @@ def _split_label(label: str) -> tuple[str, int | None, int | None]:
 
 def _describe(result: Result) -> Finding:
     table = result.table[~result.table["kind"].isin(["head", "attn_bias"])]
-    rows = tuple((row.component, f"{row.mean:+.3f}", f"{row.std:.3f}") for row in table.itertuples())
+    rows = tuple((str(row.component), f"{row.mean:+.3f}", f"{row.std:.3f}") for row in table.itertuples())
     error = result.record.summary.get("worst_sum_error")
     note = "" if error is None else f"sum off from the model's own logit by at most {error:.1e}"
     return Finding(

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import pandas as pd
+from actpipe.schemas.recipe import DecomposeResidualConfig
 
 from actpipe.analysis import require_hooks, run_analysis
 from actpipe.compute.residual import residual_components, residual_hook
 from actpipe.errors import IdentityError, RecipeError
 from actpipe.jobs.residual import components_of, measure_residual
 from actpipe.records import Finding
-from actpipe.schemas.recipe import DecomposeResidualConfig
 from actpipe.stage import RunContext
 from actpipe.stores.reading import ActivationStore
 from actpipe.stores.results import Result, ResultWriter
@@ -69,7 +69,7 @@ class DecomposeResidual:
 
 def _describe(result: Result) -> Finding:
     largest = result.table.sort_values("mean_share", ascending=False).head(5)
-    rows = tuple((row.component, f"{row.mean_share:.1%}", f"{row.mean_norm:.2f}") for row in largest.itertuples())
+    rows = tuple((str(row.component), f"{row.mean_share:.1%}", f"{row.mean_norm:.2f}") for row in largest.itertuples())
     return Finding(
         f"Residual stream, largest components: {result.record.corpus}",
         ("component", "share", "mean norm"),

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from actpipe.schemas.manifest import StoreManifest
+from actpipe.schemas.recipe import ExtractActivationsConfig, TokenizeTextConfig
+
 from actpipe.errors import RecipeError
 from actpipe.extraction.estimate import estimate, row_bytes
 from actpipe.extraction.layout import check_rows_per_part, plan_store
@@ -12,8 +15,6 @@ from actpipe.extraction.proof import prove_hooks
 from actpipe.extraction.worker import ExtractionWorker
 from actpipe.planning import format_bytes, plan_parts
 from actpipe.records import Finding, Part
-from actpipe.schemas.manifest import StoreManifest
-from actpipe.schemas.recipe import ExtractActivationsConfig, TokenizeTextConfig
 from actpipe.stage import RunContext
 from actpipe.stores.layout import RunFolder
 from actpipe.stores.reading import ActivationStore
@@ -44,9 +45,7 @@ class ExtractActivations:
         """Say what it will take: bytes, parts, memory, and time by running one batch."""
         layout, context_length = self._sequences(context)
         n_rows = context.planned_rows[self.config.corpus]
-        manifest = plan_store(
-            self.config, context.spec, n_rows=n_rows, context_length=context_length, layout=layout
-        )
+        manifest = plan_store(self.config, context.spec, n_rows=n_rows, context_length=context_length, layout=layout)
         return estimate(self.config, manifest, context.model)
 
     def run(self, context: RunContext) -> None:
@@ -74,9 +73,7 @@ class ExtractActivations:
         tokens = TokenTable(context.corpus(self.config)).manifest
         return tokens.layout, tokens.context_length
 
-    def _extract(
-        self, context: RunContext, folder: RunFolder, manifest: StoreManifest, missing: list[Part]
-    ) -> float:
+    def _extract(self, context: RunContext, folder: RunFolder, manifest: StoreManifest, missing: list[Part]) -> float:
         prove_hooks(context.model, TokenTable(folder), context.spec.select(self.config.hooks))
         n_rows = sum(part.n_rows for part in missing)
         if n_rows < manifest.n_rows:

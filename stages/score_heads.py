@@ -8,12 +8,12 @@ from typing import ClassVar
 import numpy as np
 import pandas as pd
 import xarray as xr
+from actpipe.schemas.recipe import ScoreHeadsConfig
 
 from actpipe.analysis import require_hooks, run_analysis
 from actpipe.compute.heads import MEASURES
 from actpipe.jobs.heads import score_store_heads
 from actpipe.records import Finding
-from actpipe.schemas.recipe import ScoreHeadsConfig
 from actpipe.stage import RunContext
 from actpipe.stores.reading import ActivationStore
 from actpipe.stores.results import Result, ResultWriter, labels

@@ -7,12 +7,12 @@ from typing import ClassVar
 
 import numpy as np
 import xarray as xr
+from actpipe.schemas.recipe import SummarizeMetricsConfig
 
 from actpipe.analysis import run_analysis
 from actpipe.errors import RecipeError
 from actpipe.jobs.metrics import metrics_by_position, stored_metrics
 from actpipe.records import Finding
-from actpipe.schemas.recipe import SummarizeMetricsConfig
 from actpipe.stage import RunContext
 from actpipe.stores.reading import ActivationStore
 from actpipe.stores.results import Result, ResultWriter, labels

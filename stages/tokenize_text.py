@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import pyarrow as pa
+from actpipe.schemas.manifest import TokenTableManifest
+from actpipe.schemas.recipe import TokenizeTextConfig
 
 from actpipe.errors import ModelLoadError, RecipeError
 from actpipe.records import DocumentRow, DocumentStatus, Finding, Sequence, TokenizedDocument
-from actpipe.schemas.manifest import TokenTableManifest
-from actpipe.schemas.recipe import TokenizeTextConfig
 from actpipe.stage import RunContext
 from actpipe.stores.layout import RunFolder, sha256_of
 from actpipe.stores.token_table import TokenTable, TokenTableWriter
@@ -147,9 +147,7 @@ class TokenizeText:
         room = self.config.context_length - (bos_id is not None)
         return min(room, self.config.stride or room)
 
-    def _tokenized(
-        self, corpus: Corpus | None, bos_id: int | None, context: RunContext
-    ) -> Iterable[TokenizedDocument]:
+    def _tokenized(self, corpus: Corpus | None, bos_id: int | None, context: RunContext) -> Iterable[TokenizedDocument]:
         d_vocab = context.spec.shape.d_vocab
         if corpus is None:
             source = self.config.synthetic

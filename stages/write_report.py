@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from actpipe.report.page import write_report
 from actpipe.schemas.recipe import WriteReportConfig
+
+from actpipe.report.page import write_report
 from actpipe.stage import RunContext
 
 

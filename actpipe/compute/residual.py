@@ -40,9 +40,8 @@ def residual_components(hook_points: Collection[str], n_layers: int, layer: int 
     components = [Component("embed", "hook_embed", None, "embed")]
     if "hook_pos_embed" in hook_points:
         components.append(Component("pos_embed", "hook_pos_embed", None, "pos_embed"))
-    for block in range(stop):
-        for kind in ("attn_out", "mlp_out"):
-            components.append(Component(f"{block}_{kind}", f"blocks.{block}.hook_{kind}", block, kind))
+    written = ((block, kind) for block in range(stop) for kind in ("attn_out", "mlp_out"))
+    components += [Component(f"{block}_{kind}", f"blocks.{block}.hook_{kind}", block, kind) for block, kind in written]
     return components
 
 

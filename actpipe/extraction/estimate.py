@@ -50,7 +50,11 @@ def tokens_per_second(config: ExtractActivationsConfig, model: HookedModel, cont
     n_sequences = max(1, min(_TIMED_TOKENS, config.batch_tokens) // context_length)
     ids = torch.zeros(n_sequences, context_length, dtype=torch.long, device=model.device)
     seconds = []
-    with torch.inference_mode(), model.capture(names, lambda _, tensor: tensor.clone().cpu(), stop=True) as capture:
+
+    def take(_: str, tensor: torch.Tensor) -> None:
+        tensor.clone().cpu()
+
+    with torch.inference_mode(), model.capture(names, take, stop=True) as capture:
         for _ in range(2):
             started = time.perf_counter()
             capture.run(ids)
@@ -74,8 +78,16 @@ def estimate(config: ExtractActivationsConfig, manifest: StoreManifest, model: H
         ("arrays", f"{len(manifest.arrays)}", f"{per_token:,} bytes per token"),
         ("written", format_bytes(per_token * manifest.n_rows), f"{manifest.n_rows:,} tokens"),
         ("parts", f"{n_parts:,}", f"of {manifest.rows_per_part:,} tokens; largest chunk {format_bytes(chunk)}"),
-        ("memory", format_bytes(peak_bytes(config, manifest, model_bytes)), f"at most, weights {format_bytes(model_bytes)}"),
-        ("time", _duration(manifest.n_rows / speed), f"at {speed:,.0f} tokens/s, measured on one batch on {model.device}"),
+        (
+            "memory",
+            format_bytes(peak_bytes(config, manifest, model_bytes)),
+            f"at most, weights {format_bytes(model_bytes)}",
+        ),
+        (
+            "time",
+            _duration(manifest.n_rows / speed),
+            f"at {speed:,.0f} tokens/s, measured on one batch on {model.device}",
+        ),
     )
     return Finding(f"Store: {manifest.corpus}", ("", "expected", ""), rows)
 

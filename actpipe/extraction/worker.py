@@ -33,6 +33,7 @@ LOGITS_AT_ONCE = 2**25
 """Most logits computed together for the metrics: 128 MiB of float32, whatever the vocabulary."""
 
 Job = Callable[[], None]
+Runs = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class _Placement:
 
     keep: torch.Tensor | None
     """Flat indices into `(batch, position)` of the rows to store; None where that is all of them."""
-    runs: tuple[tuple[int, int], ...]
+    runs: Runs
     """Consecutive rows in the store: first row and how many."""
     targets: torch.Tensor
     """Id of the next token of each row, -1 where there is none."""
@@ -180,7 +181,7 @@ class ExtractionWorker:
         at_once = max(1, LOGITS_AT_ONCE // self._model.shape.d_vocab)
         pieces = [
             next_token_metrics(self._model.unembed(rows), wanted, self._config.metrics)
-            for rows, wanted in zip(normalized.split(at_once), targets.split(at_once), strict=True)
+            for rows, wanted in zip(torch.split(normalized, at_once), torch.split(targets, at_once), strict=True)
         ]
         for metric in pieces[0]:
             self._store(f"metrics/{metric}", torch.cat([piece[metric] for piece in pieces]))
@@ -202,7 +203,7 @@ class ExtractionWorker:
         data = rows.reshape(len(rows), -1).contiguous().cpu().view(torch.uint8).numpy()
         self._writing.put(partial(self._write, self._writer, path, data, self._placement.runs), data.nbytes)
 
-    def _write(self, writer: PartWriter, path: str, data: npt.NDArray[np.uint8], runs: tuple[tuple[int, int], ...]) -> None:
+    def _write(self, writer: PartWriter, path: str, data: npt.NDArray[np.uint8], runs: Runs) -> None:
         start = 0
         for first_row, count in runs:
             self._meter.advance(n_bytes=writer.write(path, first_row, data[start : start + count]))

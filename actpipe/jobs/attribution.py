@@ -30,7 +30,7 @@ class AttributionWeights:
     unembedding: FoldedUnembedding
     W_O: Floats | None
     """`(layer, head, d_head, d_model)`; None leaves heads out."""
-    b_O: Floats | None
+    b_O: Floats | None  # noqa: N815
     """`(layer, d_model)`."""
 
 

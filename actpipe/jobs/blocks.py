@@ -90,9 +90,7 @@ def sequence_blocks(tokens: TokenTable, max_rows: int) -> list[tuple[int, int]]:
     return blocks
 
 
-def map_and_sum(
-    function: Callable[[BlockT], SumT], blocks: Iterable[BlockT], done: Done = lambda _: None
-) -> SumT:
+def map_and_sum(function: Callable[[BlockT], SumT], blocks: Iterable[BlockT], done: Done = lambda _: None) -> SumT:
     """Apply a function to every block and add the answers up, sixteen at a time.
 
     Memory is that of as many blocks as Dask runs together. The grouping depends on the blocks

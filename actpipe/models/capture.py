@@ -108,7 +108,7 @@ class Capture(AbstractContextManager["Capture"]):
             self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         else:
 
-            def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            def after(_: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
                 self._deliver(taps, output[0] if isinstance(output, tuple) else output)
 
             self._handles.append(module.register_forward_hook(after))

@@ -136,7 +136,9 @@ def _laws(model: HookedModel) -> Iterator[_Law]:
     yield from _attention_laws(model)
     yield from _mlp_laws(model)
     yield _Law("logits = ln_final(resid_post[-1]) W_U + b_U", ("ln_final.hook_normalized",), _logits, per_layer=False)
-    yield _Law("hooked logits = bare logits, bit for bit", (), lambda p, _: (p.logits, p.bare), per_layer=False, exact=True)
+    yield _Law(
+        "hooked logits = bare logits, bit for bit", (), lambda p, _: (p.logits, p.bare), per_layer=False, exact=True
+    )
     yield _Law("a row does not depend on its batch or padding", (), _alone)
 
 
@@ -150,16 +152,16 @@ def _residual_laws(model: HookedModel) -> Iterator[_Law]:
     yield _Law(
         "resid_post = resid_pre + attn_out + mlp_out",
         ("hook_resid_pre", "hook_attn_out", "hook_mlp_out", "hook_resid_post"),
-        lambda p, l: (
-            p.get(l, "hook_resid_post"),
-            p.get(l, "hook_resid_pre") + p.get(l, "hook_attn_out") + p.get(l, "hook_mlp_out"),
+        lambda p, i: (
+            p.get(i, "hook_resid_post"),
+            p.get(i, "hook_resid_pre") + p.get(i, "hook_attn_out") + p.get(i, "hook_mlp_out"),
         ),
     )
     if not model.shape.parallel:
         yield _Law(
             "resid_mid = resid_pre + attn_out",
             ("hook_resid_mid",),
-            lambda p, l: (p.get(l, "hook_resid_mid"), p.get(l, "hook_resid_pre") + p.get(l, "hook_attn_out")),
+            lambda p, i: (p.get(i, "hook_resid_mid"), p.get(i, "hook_resid_pre") + p.get(i, "hook_attn_out")),
         )
 
 
@@ -191,9 +193,9 @@ def _norm_laws(model: HookedModel) -> Iterator[_Law]:
         yield _Law(
             f"{name}.normalized * scale gives back {source.removeprefix('hook_')}",
             (f"{name}.hook_scale", f"{name}.hook_normalized"),
-            lambda p, l, name=name, source=source: (  # type: ignore[misc]
-                p.get(l, f"{name}.hook_normalized"),
-                p.renormalized(p.get(l, source), f"blocks.{l}.{name}"),
+            lambda p, i, name=name, source=source: (  # type: ignore[misc]
+                p.get(i, f"{name}.hook_normalized"),
+                p.renormalized(p.get(i, source), f"blocks.{i}.{name}"),
             ),
         )
     yield _Law(
@@ -212,25 +214,25 @@ def _attention_laws(model: HookedModel) -> Iterator[_Law]:
         yield _Law(
             f"{which} = ln1 W_{which.upper()} + b_{which.upper()}",
             (f"attn.hook_{which}",),
-            lambda p, l, which=which: _projection(p, l, which),  # type: ignore[misc]
+            lambda p, i, which=which: _projection(p, i, which),  # type: ignore[misc]
         )
     if model.shape.rotary:
         for which in ("q", "k"):
             yield _Law(
                 f"rotary keeps the length of {which}, and changes nothing at position 0",
                 (f"attn.hook_rot_{which}",),
-                lambda p, l, which=which: _rotation(p, l, which),  # type: ignore[misc]
+                lambda p, i, which=which: _rotation(p, i, which),  # type: ignore[misc]
             )
     yield _Law("scores = scaled q . k, -inf in the future", ("attn.hook_attn_scores",), _scores)
     yield _Law(
         "pattern = softmax(scores)",
         ("attn.hook_attn_scores", "attn.hook_pattern"),
-        lambda p, l: (p.get(l, "attn.hook_pattern"), p.get(l, "attn.hook_attn_scores").softmax(-1)),
+        lambda p, i: (p.get(i, "attn.hook_pattern"), p.get(i, "attn.hook_attn_scores").softmax(-1)),
     )
     yield _Law(
         "rows of pattern sum to 1",
         ("attn.hook_pattern",),
-        lambda p, l: (p.get(l, "attn.hook_pattern").sum(-1), torch.ones_like(p.get(l, "attn.hook_pattern")[..., 0])),
+        lambda p, i: (p.get(i, "attn.hook_pattern").sum(-1), torch.ones_like(p.get(i, "attn.hook_pattern")[..., 0])),
     )
     yield _Law("z = pattern @ v", ("attn.hook_pattern", "attn.hook_v", "attn.hook_z"), _mixed_values)
     yield _Law("result = z W_O", ("attn.hook_z", "attn.hook_result"), _results)
@@ -285,19 +287,19 @@ def _attention_output(probe: _Probe, layer: int) -> tuple[torch.Tensor, torch.Te
 
 def _mlp_laws(model: HookedModel) -> Iterator[_Law]:
     first = "W_gate" if model.shape.gated else "W_in"
-    yield _Law(f"mlp.pre = ln2 {first}", ("mlp.hook_pre",), lambda p, l: _mlp_input(p, l, "mlp.hook_pre", first))
+    yield _Law(f"mlp.pre = ln2 {first}", ("mlp.hook_pre",), lambda p, i: _mlp_input(p, i, "mlp.hook_pre", first))
     if model.shape.gated:
         yield _Law(
             "mlp.pre_linear = ln2 W_in + b_in",
             ("mlp.hook_pre_linear",),
-            lambda p, l: _mlp_input(p, l, "mlp.hook_pre_linear", "W_in"),
+            lambda p, i: _mlp_input(p, i, "mlp.hook_pre_linear", "W_in"),
         )
     yield _Law(
         "mlp_out = mlp.post W_out + b_out",
         ("mlp.hook_post", "hook_mlp_out"),
-        lambda p, l: (
-            p.get(l, "hook_mlp_out"),
-            p.get(l, "mlp.hook_post") @ p.weight(l, "mlp.W_out") + p.weight(l, "mlp.b_out"),
+        lambda p, i: (
+            p.get(i, "hook_mlp_out"),
+            p.get(i, "mlp.hook_post") @ p.weight(i, "mlp.W_out") + p.weight(i, "mlp.b_out"),
         ),
     )
 

@@ -114,7 +114,7 @@ def load_native(
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelLoadError(_explain(source, "weights", error)) from error
     if device_map is None:
-        model = model.to(resolve_device(device))  # type: ignore[arg-type]
+        model = model.to(resolve_device(device))
     return model.eval().requires_grad_(False)
 
 
@@ -151,9 +151,7 @@ def identify(source: ModelSource, config: Any, *, family: str, dtype: str) -> Mo
                 digest.update(_sample(path))
     else:
         digest.update(f"{source.name}@{commit or source.revision}".encode())
-    return ModelIdentity(
-        name=source.title, revision=commit, family=family, fingerprint=digest.hexdigest(), dtype=dtype
-    )
+    return ModelIdentity(name=source.title, revision=commit, family=family, fingerprint=digest.hexdigest(), dtype=dtype)
 
 
 def _sample(path: Path) -> bytes:

@@ -90,7 +90,7 @@ def _rest_of_block(anatomy: Anatomy, layer: int, kind: str) -> _Place:
 
 def _attention(anatomy: Anatomy, layer: int, what: str) -> _Place:
     family, shape = anatomy.family, anatomy.shape
-    if what in ("q", "k", "v"):
+    if what == "q" or what == "k" or what == "v":  # spelled out: narrows the type
         projection: Projection = getattr(family, what)
         read = partial(_read_projection, projection=projection, part=what, shape=shape)
         return anatomy.part(layer, projection.module), "output", read

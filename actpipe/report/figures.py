@@ -77,7 +77,9 @@ def _metrics(result: Result) -> Iterator[Plot]:
         figure.add_hline(y=overall, line={"color": _GREY, "dash": "dot"})
         figure.update_xaxes(title="position in the sequence")
         figure.update_yaxes(title=unit, rangemode="tozero")
-        caption = f"Mean over all tokens at a position, with its 95 % interval. Dotted: over all positions, {overall:.3f}."
+        caption = (
+            f"Mean over all tokens at a position, with its 95 % interval. Dotted: over all positions, {overall:.3f}."
+        )
         yield Plot(title, caption, _styled(figure, 340))
 
 

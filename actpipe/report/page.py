@@ -79,11 +79,13 @@ def _cards(found: dict[str, RunFolder]) -> list[_Card]:
         _Card(f"{sum(table.n_documents for table in tables):,}", "documents"),
         _Card(format_bytes(n_bytes), "stored"),
     ]
-    for name, folder in found.items():
-        for result in list_results(folder):
-            if result.record.kind == "metrics" and "loss" in result.record.summary:
-                cards.append(_Card(f"{result.record.summary['loss']:.3f}", f"loss of {name}, nats per token"))
-    return cards
+    losses = {
+        name: result.record.summary["loss"]
+        for name, folder in found.items()
+        for result in list_results(folder)
+        if result.record.kind == "metrics" and "loss" in result.record.summary
+    }
+    return cards + [_Card(f"{loss:.3f}", f"loss of {name}, nats per token") for name, loss in losses.items()]
 
 
 def _section(name: str, folder: RunFolder) -> _Section:
@@ -94,5 +96,6 @@ def _section(name: str, folder: RunFolder) -> _Section:
     lead = "Nothing was tokenized yet."
     if TokenTable.exists(folder):
         table = TokenTable(folder).manifest
-        lead = f"{table.dataset}: {table.n_documents:,} documents, {table.n_rows:,} tokens in {table.n_sequences:,} sequences"
+        sizes = f"{table.n_documents:,} documents, {table.n_rows:,} tokens in {table.n_sequences:,} sequences"
+        lead = f"{table.dataset}: {sizes}"
     return _Section(f"Corpus: {name}", lead, plots, describe_corpus(name, folder))

@@ -102,7 +102,7 @@ class StoredArray:
         wanted = wanted.astype(np.int64, casting="same_kind") if wanted.size else wanted.astype(np.int64)
         if wanted.ndim != 1:
             raise IndexError(f"row numbers must be one list, got shape {wanted.shape}")
-        if wanted.size and not (0 <= wanted.min() and wanted.max() < self.n_rows):
+        if wanted.size and not (wanted.min() >= 0 and wanted.max() < self.n_rows):
             wrong = wanted.min() if wanted.min() < 0 else wanted.max()
             raise IndexError(f"row {wrong} is not one of the {self.n_rows} rows of {self.manifest.path}")
         result = np.empty((len(wanted), *self.manifest.row_shape), self.dtype)
@@ -119,13 +119,10 @@ class StoredArray:
             rows, rest = slice(None), (Ellipsis, *rest)
         if isinstance(rows, slice):
             start, stop, step = rows.indices(self.n_rows)
-            if step == 1:
-                block = self.read(start, max(start, stop))
-            else:
-                block = self.take(np.arange(start, stop, step))
+            block = self.read(start, max(start, stop)) if step == 1 else self.take(np.arange(start, stop, step))
             return block[(slice(None), *rest)] if rest else block
         if isinstance(rows, int | np.integer):
-            return self.take([rows])[(0, *rest)]
+            return self.take([int(rows)])[(0, *rest)]
         block = self.take(np.asarray(rows))
         return block[(slice(None), *rest)] if rest else block
 

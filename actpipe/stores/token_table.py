@@ -93,9 +93,7 @@ class TokenTableWriter:
             (self._partial / path.name).replace(path)
         self._partial.rmdir()
         checksums = {path.name: crc32c_of(path) for path in (self._folder.documents, self._folder.sequences)}
-        write_whole(
-            self._folder.token_commit, manifest.model_copy(update={"checksums": checksums}).to_json().encode()
-        )
+        write_whole(self._folder.token_commit, manifest.model_copy(update={"checksums": checksums}).to_json().encode())
 
     def _flush_documents(self) -> None:
         rows, self._pending_documents = self._pending_documents, []

@@ -109,7 +109,7 @@ class PartWriter:
         """
         offset = first_row - self._part.row_start
         assert 0 <= offset <= self._part.n_rows - len(rows), "rows must lie within the part"
-        data = memoryview(np.ascontiguousarray(rows).view(np.uint8)).cast("B")
+        data = np.ascontiguousarray(rows).view(np.uint8).data.cast("B")
         assert len(data) == len(rows) * self._row_bytes[array], f"rows of {array} have the wrong shape or type"
         position, written = offset * self._row_bytes[array], 0
         while written < len(data):

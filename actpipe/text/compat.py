@@ -20,6 +20,7 @@ import numpy as np
 
 from actpipe.errors import DatasetError
 from actpipe.records import DocumentRow, DocumentStatus, Sequence, SourceDocument, TokenIds
+from actpipe.text.packing import one_or_none
 from actpipe.text.tokenizing import encode, text_of
 
 _MAP_BATCH = 1_000
@@ -60,7 +61,7 @@ def tokenize_and_concatenate(
         raise DatasetError("`compat` joins documents by EOS, and this tokenizer has none")
     rows_of: Callable[[list[str], Any, int], list[TokenIds]] = _rows_tl2 if settings.version == "tl2" else _rows_tl3
     tokenizer = _with_padding(tokenizer)
-    bos = np.empty(0, np.int32) if settings.bos_id is None else np.int32([settings.bos_id])
+    bos = one_or_none(settings.bos_id)
     length = settings.max_length - len(bos)
     n_sequences, first_row = 0, 0
     for batch in _map_batches(documents, settings):
@@ -116,7 +117,7 @@ def _rows_tl2(texts: list[str], tokenizer: Any, length: int) -> list[TokenIds]:
 def _rows_tl3(texts: list[str], tokenizer: Any, length: int) -> list[TokenIds]:
     if not texts:
         return []
-    separator = np.int32([tokenizer.eos_token_id])
+    separator = one_or_none(tokenizer.eos_token_id)
     joined = [piece for ids in encode(tokenizer, texts) for piece in (ids, separator)]
     return _cut(np.concatenate(joined[:-1]), length)
 

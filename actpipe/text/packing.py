@@ -39,6 +39,11 @@ class Packing:
         return self.context_length - (self.bos_id is not None)
 
 
+def one_or_none(token_id: int | None) -> TokenIds:
+    """Return an id as a piece to join, empty where there is none."""
+    return np.array([] if token_id is None else [token_id], np.int32)
+
+
 def pack(documents: Iterable[TokenizedDocument], settings: Packing) -> Iterator[DocumentRow | Sequence]:
     """Join documents, each followed by the separator, and cut at exactly the context length.
 
@@ -46,7 +51,7 @@ def pack(documents: Iterable[TokenizedDocument], settings: Packing) -> Iterator[
     separator; BOS rows of sequences that begin inside it lie between them and are not its own.
     """
     assembler = _Assembler(settings)
-    separator = np.empty(0, np.int32) if settings.separator_id is None else np.int32([settings.separator_id])
+    separator = one_or_none(settings.separator_id)
     for document in documents:
         if assembler.is_full:
             break
@@ -104,7 +109,7 @@ class _Assembler:
     def _open(self, document: int, start: int) -> None:
         self._first_token = (document, start)
         if self._settings.bos_id is not None:
-            self._pieces.append(np.int32([self._settings.bos_id]))
+            self._pieces.append(one_or_none(self._settings.bos_id))
             self._length = 1
 
     def _close(self) -> Sequence:
@@ -165,7 +170,7 @@ def split(documents: Iterable[TokenizedDocument], settings: Packing) -> Iterator
 
 def _windows(ids: TokenIds, settings: Packing) -> Iterator[tuple[int, int, TokenIds]]:
     """Yield (start of the new tokens in the document, tokens of context, ids of the whole input)."""
-    bos = np.empty(0, np.int32) if settings.bos_id is None else np.int32([settings.bos_id])
+    bos = one_or_none(settings.bos_id)
     room = settings.room
     yield 0, 0, np.concatenate([bos, ids[:room]])
     if settings.stride is None:
@@ -184,9 +189,7 @@ def _without_rows(document: TokenizedDocument) -> DocumentRow:
     return DocumentRow(document.index, document.id, document.status, 0, 0, None, None, document.columns)
 
 
-def _with_rows(
-    document: TokenizedDocument, n_tokens: int, row_start: int | None, row_stop: int | None
-) -> DocumentRow:
+def _with_rows(document: TokenizedDocument, n_tokens: int, row_start: int | None, row_stop: int | None) -> DocumentRow:
     return DocumentRow(
         document=document.index,
         id=document.id,

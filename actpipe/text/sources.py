@@ -75,7 +75,7 @@ def open_source(config: DatasetConfig, base: Path) -> Source:
     path = config.path if "://" in config.path else str(base / Path(config.path).expanduser())
     if "://" not in path and Path(path).is_dir():
         return _open_folder(config, Path(path))
-    files = [path] if "://" in path else sorted(glob.glob(path, recursive=True))
+    files = [path] if "://" in path else sorted(glob.glob(path, recursive=True))  # noqa: PTH207 - absolute patterns
     if files:
         return _open_files(config, files)
     _refuse_missing_file(config, path)

@@ -31,9 +31,7 @@ class Tokenizing:
     max_tokens: int | None = None
 
 
-def tokenize(
-    documents: Iterable[SourceDocument], tokenizer: Any, settings: Tokenizing
-) -> Iterator[TokenizedDocument]:
+def tokenize(documents: Iterable[SourceDocument], tokenizer: Any, settings: Tokenizing) -> Iterator[TokenizedDocument]:
     """Yield every document in order, as ids or with the reason why it has none.
 
     Texts are tokenized on their own and without special tokens: BOS and separators are set
@@ -67,13 +65,9 @@ def _batches(documents: Iterable[SourceDocument]) -> Iterator[list[SourceDocumen
         yield batch
 
 
-def _tokenize_batch(
-    batch: list[SourceDocument], tokenizer: Any, settings: Tokenizing
-) -> Iterator[TokenizedDocument]:
+def _tokenize_batch(batch: list[SourceDocument], tokenizer: Any, settings: Tokenizing) -> Iterator[TokenizedDocument]:
     is_chat = settings.column_type == "messages"
-    texts = [
-        _render(document.value, tokenizer, settings) if is_chat else text_of(document.value) for document in batch
-    ]
+    texts = [_render(document.value, tokenizer, settings) if is_chat else text_of(document.value) for document in batch]
     ids = iter(encode(tokenizer, [text for text in texts if not isinstance(text, DocumentStatus)]))
     for document, text in zip(batch, texts, strict=True):
         yield _finish(document, text if isinstance(text, DocumentStatus) else next(ids), settings)
@@ -144,9 +138,7 @@ def _checked_ids(value: Any, settings: Tokenizing) -> TokenIds | DocumentStatus:
     return ids.astype(np.int32)
 
 
-def _finish(
-    document: SourceDocument, ids: TokenIds | DocumentStatus, settings: Tokenizing
-) -> TokenizedDocument:
+def _finish(document: SourceDocument, ids: TokenIds | DocumentStatus, settings: Tokenizing) -> TokenizedDocument:
     """Settle a document's status and ids."""
     if isinstance(ids, DocumentStatus):
         return TokenizedDocument(document.index, document.id, ids, _NO_IDS, document.columns)

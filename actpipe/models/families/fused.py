@@ -29,5 +29,5 @@ def split_heads(fused: torch.Tensor, layout: Layout, part: Part, shape: ModelSha
         return fused.reshape(*leading, shape.n_heads, 3, shape.d_head)[..., "qkv".index(part), :]
     if layout == "columns":
         sizes = [heads * shape.d_head for heads in (shape.n_heads, shape.n_kv_heads, shape.n_kv_heads)]
-        fused = fused.split(sizes, dim=-1)["qkv".index(part)]
+        fused = torch.split(fused, sizes, dim=-1)["qkv".index(part)]
     return fused.reshape(*leading, -1, shape.d_head)

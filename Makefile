@@ -1,0 +1,42 @@
+# Everything runs in .venv, made on first use from pyproject.toml and constraints.txt.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: demo test test-slow lint types check bench schemas clean
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed"'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $(READY)
+
+demo: $(READY)   ## run the main job on embedded input
+	$(BIN)/actpipe run workflows/quickstart.yaml
+
+test: $(READY)   ## run the tests
+	$(BIN)/pytest -q -n 2 -m 'not slow and not gpu'
+
+test-slow: $(READY)   ## run the tests that take longer
+	$(BIN)/pytest -q -m 'slow and not gpu'
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)   ## check the types of what is shipped: the wheel, not the checkout
+	rm -rf .typecheck build
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .typecheck .
+	rm -rf build *.egg-info
+	cd .typecheck && ../$(BIN)/mypy --config-file ../pyproject.toml -p actpipe
+
+check: lint types test
+
+bench: $(READY)   ## extraction against the bare model; takes a few minutes
+	$(BIN)/python benchmarks/extract.py
+
+schemas: $(READY)   ## write schemas/v1 from the models
+	$(BIN)/python -m actpipe.schemas.generate
+
+clean:
+	rm -rf .venv .typecheck build dist *.egg-info
