@@ -47,7 +47,11 @@ def run(recipe: Recipe, out: Out = None, set_: Set = None) -> None:
     """
     from actpipe.running import run_recipe
 
-    summary = run_recipe(recipe, out=out, overrides=set_ or ())
+    try:
+        summary = run_recipe(recipe, out=out, overrides=set_ or ())
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted; the same command continues where this one stopped")
+        raise typer.Exit(130) from None
     console = new_console()
     for finding in summary.findings:
         print_finding(console, finding)
@@ -157,6 +161,3 @@ def main() -> None:
     except ActpipeError as error:
         Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(1)
-    except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted; the same command continues where this one stopped")
-        sys.exit(130)

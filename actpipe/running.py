@@ -31,6 +31,7 @@ from actpipe.stage import Plans, RunContext, Stage, check_order, find_stage, for
 from actpipe.stores.layout import RunFolder, only_run_in, write_whole
 from actpipe.stores.results import list_results
 from actpipe.stores.token_table import TokenTable
+from actpipe.stores.verifying import corpora
 from actpipe.telemetry import Telemetry
 
 _LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "numpy", "zarr")
@@ -81,6 +82,7 @@ def run_recipe(
         context.telemetry.log = folder.log
         _write_record(folder, context.recipe, context.spec)
         _run_stages(stages, context)
+        _write_record(folder, context.recipe, context.spec)
     return RunSummary(folder.root, tuple(context.findings))
 
 
@@ -114,6 +116,7 @@ def _check_everything(stages: Sequence[Stage], context: RunContext) -> None:
     check_names(context.recipe.stages)
     check_order(stages, lambda corpus, kind: _is_present(folder.corpus(corpus), kind))
     _check_against_record(folder, context.recipe, context.spec)
+    _note_other_libraries(context)
     for stage in stages:
         stage.check(context)
 
@@ -206,22 +209,30 @@ def read_record(folder: RunFolder) -> RunRecord:
 def _write_record(folder: RunFolder, recipe: Recipe, spec: ModelSpec) -> None:
     """Write `run.yaml`: data stages stay as they were first written, analyses are those of this recipe."""
     resolved = recipe.model_dump(mode="json")
+    version, libraries = __version__, _library_versions()
     if folder.record.is_file():
-        earlier = read_record(folder).recipe
-        kept = {_stage_key(stage): stage for stage in _data_stages(earlier)}
+        earlier = read_record(folder)
+        version, libraries = earlier.actpipe_version, earlier.libraries
+        kept = {_stage_key(stage): stage for stage in _data_stages(earlier.recipe)}
         ours = {_stage_key(stage) for stage in _data_stages(resolved)}
         resolved["stages"] = [s for key, s in kept.items() if key not in ours] + resolved["stages"]
+    tables = {name: TokenTable(corpus) for name, corpus in corpora(folder).items() if TokenTable.exists(corpus)}
     record = RunRecord(
-        actpipe_version=__version__,
-        libraries={name: importlib.metadata.version(name) for name in _LIBRARIES},
+        actpipe_version=version,
+        libraries=libraries,
         recipe=resolved,
         model=spec.identity,
+        datasets={name: table.manifest.dataset_fingerprint for name, table in tables.items()},
     )
     buffer = io.BytesIO()
     yaml = YAML()
     yaml.default_flow_style = False
     yaml.dump(record.model_dump(mode="json"), buffer)
     write_whole(folder.record, buffer.getvalue())
+
+
+def _library_versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in _LIBRARIES}
 
 
 def _data_stages(recipe: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -262,6 +273,18 @@ def _check_against_record(folder: RunFolder, recipe: Recipe, spec: ModelSpec) ->
             f"{folder.root} was made by another recipe:\n  "
             + "\n  ".join(differences)
             + "\nrun the old recipe, or choose another folder with --out"
+        )
+
+
+def _note_other_libraries(context: RunContext) -> None:
+    """Say so where a run is continued with other versions of the libraries."""
+    if not context.folder.record.is_file():
+        return
+    before, now = read_record(context.folder).libraries, _library_versions()
+    changed = [f"{name} {before[name]} -> {now[name]}" for name in before if before[name] != now.get(name)]
+    if changed:
+        context.telemetry.say(
+            f"note: this run began with other libraries ({', '.join(changed)}); values may differ in their last bits"
         )
 
 

@@ -116,3 +116,5 @@ class RunRecord(Contract):
     recipe: dict[str, object]
     """The recipe with every default filled in."""
     model: ModelIdentity
+    datasets: dict[str, str | None]
+    """By corpus, the fingerprint that `datasets` gives; none where it gives none, absent until tokenized."""

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
-
 from actpipe.schemas.base import Contract
 from actpipe.schemas.recipe import Name
+from pydantic import Field
 
 
 class ResultRecord(Contract):

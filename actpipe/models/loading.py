@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
 
 from actpipe.errors import ModelLoadError, RecipeError, did_you_mean
 from actpipe.schemas.manifest import ModelIdentity
@@ -108,14 +112,28 @@ def load_native(
     """Load a causal language model with its weights, ready to run and never to train."""
     placed: dict[str, Any] = {} if device_map is None else {"device_map": device_map}
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            source.location, dtype=dtype, **placed, **source.options()
-        )
+        with _bars_on_terminals_only():
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                source.location, dtype=dtype, **placed, **source.options()
+            )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelLoadError(_explain(source, "weights", error)) from error
     if device_map is None:
         model = model.to(resolve_device(device))
     return model.eval().requires_grad_(False)
+
+
+@contextmanager
+def _bars_on_terminals_only() -> Iterator[None]:
+    """Keep the library's progress bars out of logs and pipes."""
+    shown = logging.is_progress_bar_enabled()
+    if shown and not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def resolve_device(device: str) -> torch.device:

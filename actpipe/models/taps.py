@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -90,9 +90,9 @@ def _rest_of_block(anatomy: Anatomy, layer: int, kind: str) -> _Place:
 
 def _attention(anatomy: Anatomy, layer: int, what: str) -> _Place:
     family, shape = anatomy.family, anatomy.shape
-    if what == "q" or what == "k" or what == "v":  # spelled out: narrows the type
+    if what in ("q", "k", "v"):
         projection: Projection = getattr(family, what)
-        read = partial(_read_projection, projection=projection, part=what, shape=shape)
+        read = partial(_read_projection, projection=projection, part=cast(Part, what), shape=shape)
         return anatomy.part(layer, projection.module), "output", read
     if what in ("z", "result"):
         out = anatomy.part(layer, family.out)

@@ -262,6 +262,10 @@ class ActivationStore:
         return StoredDocument(index, columns, self._rows_of(columns), self)
 
     def _rows_of(self, columns: Mapping[str, Any]) -> npt.NDArray[np.int64]:
+        if self.tokens.manifest.layout in ("tl2", "tl3"):
+            raise IncompleteStoreError(
+                f"{self.folder.root} was tokenized as TransformerLens does, which keeps no track of documents"
+            )
         if columns["row_start"] is None:
             return np.empty(0, np.int64)
         rows = np.arange(columns["row_start"], columns["row_stop"], dtype=np.int64)
