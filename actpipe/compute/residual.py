@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -64,7 +64,7 @@ class ResidualSums:
     worst: float
     """Largest difference between the sum of components and the residual stream, relative to its largest entry."""
 
-    def __add__(self, other: Self) -> ResidualSums:
+    def __add__(self, other: ResidualSums) -> ResidualSums:
         return ResidualSums(
             n_rows=self.n_rows + other.n_rows,
             norm=self.norm + other.norm,
