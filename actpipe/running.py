@@ -228,7 +228,8 @@ def _write_record(folder: RunFolder, recipe: Recipe, spec: ModelSpec) -> None:
     yaml = YAML()
     yaml.default_flow_style = False
     yaml.dump(record.model_dump(mode="json"), buffer)
-    write_whole(folder.record, buffer.getvalue())
+    if not folder.record.is_file() or folder.record.read_bytes() != buffer.getvalue():
+        write_whole(folder.record, buffer.getvalue())
 
 
 def _library_versions() -> dict[str, str]:

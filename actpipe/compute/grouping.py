@@ -66,6 +66,6 @@ def sum_by_group(
 
     def summed(columns: Float[np.ndarray, "row column"]) -> Float[np.ndarray, "group column"]:
         sums = [np.bincount(group, column, minlength=n_groups) for column in columns.T]
-        return np.stack(sums, axis=-1) if sums else np.zeros((n_groups, 0))
+        return np.stack(sums, axis=-1).astype(np.float64) if sums else np.zeros((n_groups, 0))
 
     return GroupSums(summed(there.astype(np.float64)), summed(wide), summed(wide**2))

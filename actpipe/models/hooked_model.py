@@ -150,7 +150,7 @@ class HookedModel:
     def run_with_cache(
         self,
         input_ids: InputIds,
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: InputIds | None = None,
         names: Iterable[str] | None = None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Run the model and keep named activations.
@@ -183,7 +183,7 @@ class HookedModel:
                 cache[name] = cache[name].transpose(1, 2)
         return output.logits, cache
 
-    def forward(self, input_ids: InputIds, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, input_ids: InputIds, attention_mask: InputIds | None = None) -> torch.Tensor:
         """Return the logits `(batch, position, d_vocab)`, as the bare model computes them."""
         with torch.no_grad():
             output = self.native(use_cache=False, **self._inputs(input_ids, attention_mask))
@@ -195,14 +195,14 @@ class HookedModel:
         logits: torch.Tensor = self.anatomy.unembed(normalized)
         return logits
 
-    def _inputs(self, input_ids: InputIds, attention_mask: torch.Tensor | None) -> dict[str, torch.Tensor]:
-        ids = torch.as_tensor(np.asarray(input_ids) if not isinstance(input_ids, torch.Tensor) else input_ids)
+    def _inputs(self, input_ids: InputIds, attention_mask: InputIds | None) -> dict[str, torch.Tensor]:
+        ids = _as_tensor(input_ids)
         ids = ids[None] if ids.ndim == 1 else ids
         self.check_ids(ids)
         inputs = {"input_ids": ids.to(self.device, torch.long)}
         if attention_mask is None:
             return inputs
-        mask = torch.as_tensor(attention_mask)
+        mask = _as_tensor(attention_mask)
         if mask.shape != ids.shape:
             raise ValueError(f"attention_mask is {tuple(mask.shape)}, input_ids are {tuple(ids.shape)}")
         mask = mask.to(self.device, torch.long)
@@ -224,3 +224,8 @@ class HookedModel:
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= self.shape.d_vocab:
             raise ValueError(f"token id {low if low < 0 else high} is outside the vocabulary of {self.shape.d_vocab}")
+
+
+def _as_tensor(ids: InputIds) -> torch.Tensor:
+    """Return ids as a tensor; arrays are copied, as they may be read-only views of a store."""
+    return ids if isinstance(ids, torch.Tensor) else torch.from_numpy(np.array(ids))

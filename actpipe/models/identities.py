@@ -255,7 +255,10 @@ def _rotation(probe: _Probe, layer: int, which: str) -> tuple[torch.Tensor, torc
 
 
 def _scores(probe: _Probe, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compare with q . k up to the scaling, which is fitted: it must be one number for the whole layer."""
+    """Compare with q . k up to the scaling, which is fitted: it must be one number for the whole layer.
+
+    Keys that a window masks are taken as they come; that the right ones are masked shows in z.
+    """
     rot = "rot_" if probe.model.shape.rotary else ""
     q = probe.get(layer, f"attn.hook_{rot}q")
     k = probe.repeated(probe.get(layer, f"attn.hook_{rot}k"), axis=2)
@@ -264,7 +267,7 @@ def _scores(probe: _Probe, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
     allowed = torch.isfinite(found)
     scaling = (found[allowed] * plain[allowed]).sum() / plain[allowed].square().sum()
     future = torch.ones(found.shape[-2:], dtype=torch.bool, device=found.device).triu(1)
-    return found, (plain * scaling).masked_fill(future, -torch.inf)
+    return found, (plain * scaling).masked_fill(future | ~allowed, -torch.inf)
 
 
 def _mixed_values(probe: _Probe, layer: int) -> tuple[torch.Tensor, torch.Tensor]:

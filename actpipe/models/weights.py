@@ -44,7 +44,7 @@ class Weights:
             getters, key = self._outside_blocks(), name
         if key not in getters:
             raise UnknownHookError(f"this model has no weight {name!r}{did_you_mean(key, getters)}")
-        return getters[key]()
+        return getters[key]().detach()
 
     def _outside_blocks(self) -> dict[str, Callable[[], torch.Tensor]]:
         anatomy = self._anatomy
@@ -187,11 +187,11 @@ class Weights:
 def _tensor(module: nn.Module, name: str) -> torch.Tensor:
     tensor = getattr(module, name)
     assert isinstance(tensor, torch.Tensor)
-    return tensor.detach()
+    return tensor
 
 
 def _bias(module: nn.Module) -> torch.Tensor:
     """Return a linear module's bias, zeros where it has none."""
     weight = matrix(module)
     bias = getattr(module, "bias", None)
-    return weight.new_zeros(weight.shape[1]) if bias is None else bias.detach()
+    return weight.new_zeros(weight.shape[1]) if bias is None else bias

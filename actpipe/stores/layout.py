@@ -117,9 +117,16 @@ def only_run_in(folder: RunFolder) -> Iterator[None]:
         lock.truncate(0)
         lock.write(f"process {os.getpid()}")
         lock.flush()
-        for corpus in (folder, *map(RunFolder, sorted(folder.root.glob("corpora/*")))):
-            shutil.rmtree(corpus.partial, ignore_errors=True)
-        yield
+        _clear_partial(folder)
+        try:
+            yield
+        finally:
+            _clear_partial(folder)
+
+
+def _clear_partial(folder: RunFolder) -> None:
+    for corpus in (folder, *map(RunFolder, folder.root.glob("corpora/*"))):
+        shutil.rmtree(corpus.partial, ignore_errors=True)
 
 
 def write_whole(path: Path, data: bytes) -> None:

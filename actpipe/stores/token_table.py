@@ -139,11 +139,12 @@ class TokenTable:
     def read_sequences(self, row_start: int = 0, row_stop: int | None = None) -> Iterator[Sequence]:
         """Yield, in order, the sequences that have a row in `[row_start, row_stop)`."""
         stop = self.manifest.n_rows if row_stop is None else row_stop
+        file = pq.ParquetFile(self.folder.sequences, metadata=self._metadata)  # one each: threads may not share it
         first = max(0, bisect_right(self._group_first_rows, row_start) - 1)
-        for group in range(first, self._file.num_row_groups):
+        for group in range(first, file.num_row_groups):
             if self._group_first_rows[group] >= stop:
                 return
-            for sequence in _sequences_of(self._file.read_row_group(group)):
+            for sequence in _sequences_of(file.read_row_group(group)):
                 if sequence.row_stop > row_start and sequence.first_row < stop:
                     yield sequence
 
@@ -165,20 +166,20 @@ class TokenTable:
         return row
 
     @cached_property
-    def _file(self) -> Any:
-        return pq.ParquetFile(self.folder.sequences)
+    def _metadata(self) -> Any:
+        return pq.read_metadata(self.folder.sequences)
 
     @cached_property
     def _group_first_rows(self) -> list[int]:
         column = SEQUENCE_SCHEMA.get_field_index("first_row")
-        metadata = self._file.metadata
-        return [metadata.row_group(group).column(column).statistics.min for group in range(metadata.num_row_groups)]
+        groups = map(self._metadata.row_group, range(self._metadata.num_row_groups))
+        return [group.column(column).statistics.min for group in groups]
 
 
 def _sequences_of(table: pa.Table) -> Iterator[Sequence]:
     numbers = {name: table[name].to_numpy() for name in ("sequence", "document", "start", "n_context", "first_row")}
     lists = table["input_ids"].combine_chunks()
-    offsets, flat = lists.offsets.to_numpy(), lists.values.to_numpy()
+    offsets, flat = lists.offsets.to_numpy(), np.array(lists.values.to_numpy())  # a copy: Arrow's cannot be written
     for i in range(len(table)):
         yield Sequence(
             sequence=int(numbers["sequence"][i]),

@@ -113,7 +113,7 @@ def _render(messages: Any, tokenizer: Any, settings: Tokenizing) -> str | Docume
 
     if messages is None:
         return DocumentStatus.MISSING
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+    if not isinstance(messages, list) or not all(isinstance(m, dict) and m.get("role") for m in messages):
         return DocumentStatus.INVALID_MESSAGES
     if not messages:
         return DocumentStatus.EMPTY

@@ -94,7 +94,7 @@ def test_layernorm_of_4_3_is_ours_before_weight_and_bias(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("masked", (False, True))
+@pytest.mark.parametrize("masked", [False, True])
 def test_logits_are_the_recorded_ones(family, masked):
     inputs = np.load(DATA / family / "inputs.npz")
     model = HookedModel.from_pretrained(str(DATA / family), dtype="float32", device="cpu")

@@ -57,7 +57,7 @@ def numbered(values):
     return [SourceDocument(i, str(i), value) for i, value in enumerate(values)]
 
 
-@pytest.mark.parametrize("version", ("tl2", "tl3"))
+@pytest.mark.parametrize("version", ["tl2", "tl3"])
 def test_a_short_batch_is_one_padded_row(version):
     tokenizer = AutoTokenizer.from_pretrained(INDUCTION)
     tokenizer.pad_token = None

@@ -80,16 +80,16 @@ def test_every_mistake_is_named_at_once(tmp_path):
     assert len(str(caught.value).splitlines()) == 3
 
 
-@pytest.mark.parametrize("text", ("", "- 1", "just words"))
+@pytest.mark.parametrize("text", ["", "- 1", "just words"])
 def test_a_file_that_is_no_recipe_is_refused(tmp_path, text):
-    with pytest.raises(RecipeError, match="recipe.yaml"):
+    with pytest.raises(RecipeError, match=r"recipe\.yaml"):
         check(tmp_path, text)
 
 
 def test_a_missing_recipe_names_its_neighbour(tmp_path):
     (tmp_path / "quickstart.yaml").write_text(GOOD)
 
-    with pytest.raises(RecipeError, match="did you mean 'quickstart.yaml'"):
+    with pytest.raises(RecipeError, match=r"did you mean 'quickstart\.yaml'"):
         read_recipe_text(tmp_path / "quikstart.yaml")
 
 

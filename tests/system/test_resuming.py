@@ -1,0 +1,212 @@
+"""Killed at any moment, a run continues, and ends with the bytes of one that was never stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+from support import INDUCTION, SPEECHES, all_bytes, make_recipe, run
+
+from actpipe import open_store
+from actpipe.errors import IncompleteStoreError, StoreMismatchError
+from actpipe.stores.layout import RunFolder, only_run_in
+from actpipe.stores.verifying import find_problems
+
+KILLS = 3
+
+
+def long_recipe() -> dict:
+    """About 40 parts, so that there is always one to be killed in."""
+    recipe = make_recipe(SPEECHES, hooks=["blocks.*.hook_resid_post", "blocks.0.attn.hook_pattern"], metrics=["loss"])
+    recipe["stages"][0] |= {"max_tokens": 20_000, "context_length": 64}
+    recipe["stages"][1] |= {"rows_per_part": 512, "batch_tokens": 512}
+    recipe["stages"].append({"stage": "summarize_metrics"})
+    return recipe
+
+
+def write_recipe(recipe: dict, path: Path) -> Path:
+    with path.open("w") as file:
+        YAML().dump(recipe, file)
+    return path
+
+
+def start(recipe: Path, out: Path) -> subprocess.Popen:
+    command = [sys.executable, "-m", "actpipe", "run", str(recipe), "--out", str(out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, text=True)
+
+
+def n_commits(out: Path) -> int:
+    return len(list((out / "commits").glob("part-*.json")))
+
+
+def wait_for_commits(process: subprocess.Popen, out: Path, wanted: int) -> None:
+    """Wait until a running process has committed so many parts."""
+    while n_commits(out) < wanted and process.poll() is None:
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """The files of a run that was never stopped."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    recipe = write_recipe(long_recipe(), folder / "recipe.yaml")
+    process = start(recipe, folder / "run")
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    return all_bytes(folder / "run")
+
+
+def test_killed_again_and_again_it_ends_with_the_same_bytes(tmp_path, uninterrupted):
+    recipe, out = write_recipe(long_recipe(), tmp_path / "recipe.yaml"), tmp_path / "run"
+    seen = [0]
+    for _ in range(KILLS):
+        process = start(recipe, out)
+        wait_for_commits(process, out, seen[-1] + 5)
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        seen.append(n_commits(out))
+        with pytest.raises(IncompleteStoreError, match=f"has {seen[-1]} of 40 parts"):
+            open_store(out)
+
+    process = start(recipe, out)
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0
+    assert "tokens are committed already" in output
+    assert seen == sorted(set(seen))
+    assert all_bytes(out) == uninterrupted
+    assert find_problems(RunFolder(out)) == []
+
+
+def test_killed_while_tokenizing_it_starts_that_again(tmp_path, uninterrupted):
+    recipe, out = write_recipe(long_recipe(), tmp_path / "recipe.yaml"), tmp_path / "run"
+    process = start(recipe, out)
+    while not (out / ".partial").exists() and process.poll() is None:
+        time.sleep(0.001)
+    process.kill()
+    process.communicate()
+
+    process = start(recipe, out)
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    assert all_bytes(out) == uninterrupted
+
+
+def test_ctrl_c_ends_with_130_and_a_word_on_how_to_continue(tmp_path, uninterrupted):
+    recipe, out = write_recipe(long_recipe(), tmp_path / "recipe.yaml"), tmp_path / "run"
+    process = start(recipe, out)
+    wait_for_commits(process, out, 3)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+
+    assert process.returncode == 130
+    assert "the same command continues" in output
+    assert "Traceback" not in output
+    assert 3 <= n_commits(out) < 40
+    assert not list((out / ".partial").glob("part-*"))
+    process = start(recipe, out)
+    process.communicate(timeout=200)
+    assert process.returncode == 0
+    assert all_bytes(out) == uninterrupted
+
+
+def test_a_finished_run_is_left_as_it_is(corpus, tmp_path):
+    recipe, out = make_recipe(corpus, metrics=["loss"]), tmp_path / "run"
+    recipe["stages"].append({"stage": "summarize_metrics"})
+    run(recipe, out)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    run(recipe, out)
+
+    after = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    changed = {path for path in {*before, *after} if before.get(path) != after.get(path)}
+    assert changed <= {out / "log.jsonl", out / ".lock"}
+
+
+def test_nothing_is_run_twice(corpus, tmp_path, monkeypatch):
+    recipe, out = make_recipe(corpus), tmp_path / "run"
+    run(recipe, out)
+    monkeypatch.setattr("actpipe.running.HookedModel.from_source", lambda *_, **__: pytest.fail("the model was loaded"))
+
+    run(recipe, out)
+
+
+@pytest.mark.parametrize(
+    ("change", "shown"),
+    [
+        (lambda r: r["stages"][1].update(dtype="float16"), "extract_activations.dtype: 'model' -> 'float16'"),
+        (lambda r: r["stages"][1].update(hooks=["hook_embed"]), "extract_activations.hooks: "),
+        (lambda r: r["stages"][0].update(max_tokens=64), "tokenize_text.max_tokens: None -> 64"),
+        (lambda r: r["stages"][0]["dataset"].update(column="id"), "tokenize_text.dataset.column: 'text' -> 'id'"),
+        (lambda r: r["model"].update(dtype="bfloat16"), "model.dtype: 'float32' -> 'bfloat16'"),
+    ],
+)
+def test_a_changed_recipe_is_refused_with_the_difference(corpus, tmp_path, change, shown):
+    out = tmp_path / "run"
+    run(make_recipe(corpus), out)
+    before = all_bytes(out)
+    changed = make_recipe(corpus)
+    change(changed)
+
+    with pytest.raises(StoreMismatchError, match="made by another recipe") as caught:
+        run(changed, out)
+    assert shown in str(caught.value)
+    assert all_bytes(out) == before
+
+
+def test_another_model_under_the_same_name_is_refused(corpus, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(INDUCTION, model)
+    run(make_recipe(corpus, model), tmp_path / "run")
+    weights = bytearray((model / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (model / "model.safetensors").write_bytes(weights)
+
+    with pytest.raises(StoreMismatchError, match=r"model: model .* -> model "):
+        run(make_recipe(corpus, model), tmp_path / "run")
+
+
+def test_where_and_how_a_run_happens_may_change(corpus, tmp_path):
+    recipe, out = make_recipe(corpus), tmp_path / "run"
+    run(recipe, out)
+    recipe["model"]["device"] = "auto"
+    recipe["stages"][1] |= {"fsync": False, "queue_bytes": 1000}
+
+    run(recipe, out)
+
+
+def test_analyses_may_be_added_changed_and_left_out(corpus, tmp_path):
+    recipe, out = make_recipe(corpus, hooks=["blocks.*.attn.hook_pattern"]), tmp_path / "run"
+    run(recipe, out)
+    scoring = {"stage": "score_heads"}
+    run({**recipe, "stages": [*recipe["stages"], scoring]}, out)
+    first = (out / "results" / "score_heads.json").read_bytes()
+    run({**recipe, "stages": [*recipe["stages"], {**scoring, "exclude_bos": True}]}, out)
+    second = (out / "results" / "score_heads.json").read_bytes()
+    run({"model": recipe["model"], "stages": [{**scoring, "name": "again"}]}, out)
+
+    assert json.loads(first)["settings"]["exclude_bos"] is False
+    assert json.loads(second)["settings"]["exclude_bos"] is True
+    assert (out / "results" / "again.json").exists()
+    record = YAML(typ="safe").load((out / "run.yaml").read_text())
+    assert [stage["stage"] for stage in record["recipe"]["stages"]] == [
+        "tokenize_text",
+        "extract_activations",
+        "score_heads",
+    ]
+
+
+def test_a_second_run_in_the_same_folder_is_refused_while_the_first_is_at_work(corpus, tmp_path):
+    with (
+        only_run_in(RunFolder(tmp_path / "run")),
+        pytest.raises(StoreMismatchError, match=f"in use by process {os.getpid()}"),
+    ):
+        run(make_recipe(corpus), tmp_path / "run")
