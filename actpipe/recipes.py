@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -191,7 +191,7 @@ def _locate(detail: ErrorDetails, data: Any, model: type[BaseModel]) -> tuple[Pa
             path.append(piece)
         elif isinstance(here, list) and isinstance(piece, int) and piece < len(here):
             here = here[piece]
-            config = _stage_config(here) or config
+            config = _stage_config(here, model) or config
             path.append(piece)
         elif last and detail["type"] == "missing":
             path.append(piece)
@@ -202,20 +202,22 @@ def _model_of(config: type[BaseModel], name: str) -> type[BaseModel] | None:
     """Return the model of a field that holds one, if it does."""
     if name not in config.model_fields:
         return None
-    annotation = config.model_fields[name].annotation
-    for kind in (annotation, *get_args(annotation)):
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            return kind
-    return None
+    return next(_models_in(config.model_fields[name].annotation), None)
 
 
-def _stage_config(item: Any) -> type[BaseModel] | None:
-    if not isinstance(item, dict):
-        return None
-    for config in BUILT_IN_STAGES:
-        if config.model_fields["stage"].default == item.get("stage"):
-            return config
-    return None
+def _stage_config(item: Any, model: type[Recipe]) -> type[BaseModel] | None:
+    """Return the settings model of one entry of `stages`, by its name."""
+    configs = _models_in(model.model_fields["stages"].annotation)
+    name = item.get("stage") if isinstance(item, dict) else None
+    return next((config for config in configs if config.model_fields["stage"].default == name), None)
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """Yield every model that an annotation speaks of."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _models_in(inner)
 
 
 def _message(detail: ErrorDetails, path: Path_, config: type[BaseModel]) -> str:
