@@ -45,10 +45,6 @@ class IncompleteStoreError(ActpipeError, RuntimeError):
     """A store lacks parts, or an array, that the operation needs."""
 
 
-class CorruptStoreError(ActpipeError, ValueError):
-    """Bytes on disk are not those that were committed."""
-
-
 class DtypeOverflowError(ActpipeError, OverflowError):
     """Finite activations do not fit the element type they are stored in."""
 

@@ -19,7 +19,7 @@ from actpipe.models.hooked_model import HookedModel, ModelSpec
 from actpipe.models.loading import ModelSource
 from actpipe.recipes import RecipeText, check_recipe, read_recipe_text, with_overrides
 from actpipe.records import Finding
-from actpipe.schemas.manifest import RunRecord
+from actpipe.schemas.manifest import ModelIdentity, RunRecord
 from actpipe.schemas.recipe import (
     AnalysisConfig,
     ExtractActivationsConfig,
@@ -72,6 +72,7 @@ def run_recipe(
     """
     stages, context = _prepare(recipe, out, overrides, telemetry or Telemetry())
     folder = context.folder
+    _refuse_foreign_folder(folder)
     existed = folder.root.exists()
     with only_run_in(folder):
         try:
@@ -115,7 +116,7 @@ def _check_everything(stages: Sequence[Stage], context: RunContext) -> None:
     folder = context.folder
     check_names(context.recipe.stages)
     check_order(stages, lambda corpus, kind: _is_present(folder.corpus(corpus), kind))
-    _check_against_record(folder, context.recipe, context.spec)
+    _check_against_record(folder, context.recipe, context.spec.identity)
     _note_other_libraries(context)
     for stage in stages:
         stage.check(context)
@@ -194,6 +195,20 @@ def _run_stages(stages: Sequence[Stage], context: RunContext) -> None:
     context.telemetry.event("run finished")
 
 
+def _refuse_foreign_folder(folder: RunFolder) -> None:
+    """Keep out of folders that hold something else.
+
+    Raises:
+        StoreMismatchError: The folder is neither empty nor a run's.
+    """
+    root = folder.root
+    if root.is_file():
+        raise StoreMismatchError(f"{root} is a file; choose a folder with --out")
+    known = (folder.record, folder.token_commit, root / ".lock")
+    if root.is_dir() and any(root.iterdir()) and not any(path.exists() for path in known):
+        raise StoreMismatchError(f"{root} holds other files and no run; choose an empty or new folder with --out")
+
+
 def _leave_no_trace(folder: RunFolder, *, existed: bool) -> None:
     """Remove the folder of a run that was refused before it began."""
     if not existed:
@@ -245,7 +260,7 @@ def _stage_key(stage: Mapping[str, Any]) -> tuple[str, str]:
     return stage["stage"], stage["corpus"]
 
 
-def _check_against_record(folder: RunFolder, recipe: Recipe, spec: ModelSpec) -> None:
+def _check_against_record(folder: RunFolder, recipe: Recipe, model: ModelIdentity) -> None:
     """Refuse to continue a run whose stored bytes this recipe would make differently.
 
     Analyses may be added, changed and left out: they are computed from what is stored.
@@ -258,11 +273,9 @@ def _check_against_record(folder: RunFolder, recipe: Recipe, spec: ModelSpec) ->
     record = read_record(folder)
     ours = recipe.model_dump(mode="json")
     differences = _differences("model", record.recipe["model"], ours["model"], _NOT_STORED["model"])
-    if record.model.fingerprint != spec.identity.fingerprint:
-        differences.append(
-            f"model: {record.model.name} ({record.model.fingerprint[:12]}) -> "
-            f"{spec.identity.name} ({spec.identity.fingerprint[:12]})"
-        )
+    if record.model.fingerprint != model.fingerprint:
+        before, now = record.model, model
+        differences.append(f"model: {before.name} ({before.fingerprint[:12]}) -> {now.name} ({now.fingerprint[:12]})")
     earlier = {_stage_key(stage): stage for stage in _data_stages(record.recipe)}
     for stage in _data_stages(ours):
         key = _stage_key(stage)

@@ -13,11 +13,12 @@ from actpipe.extraction.estimate import estimate, row_bytes
 from actpipe.extraction.layout import check_rows_per_part, plan_store
 from actpipe.extraction.proof import prove_hooks
 from actpipe.extraction.worker import ExtractionWorker
+from actpipe.models.loading import resolve_device
 from actpipe.planning import format_bytes, plan_parts
 from actpipe.records import Finding, Part
 from actpipe.stage import RunContext
 from actpipe.stores.layout import RunFolder
-from actpipe.stores.reading import ActivationStore
+from actpipe.stores.reading import ActivationStore, is_complete
 from actpipe.stores.token_table import TokenTable
 from actpipe.stores.writing import create_store, missing_parts
 
@@ -40,6 +41,8 @@ class ExtractActivations:
                 )
         layout, context_length = self._sequences(context)
         check_rows_per_part(self.config, layout, context_length)
+        if context.recipe.model.device_map is None and not is_complete(context.corpus(self.config)):
+            resolve_device(context.recipe.model.device)
 
     def plan(self, context: RunContext) -> Finding:
         """Say what it will take: bytes, parts, memory, and time by running one batch."""

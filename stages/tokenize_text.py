@@ -19,7 +19,7 @@ from actpipe.telemetry import Meter
 from actpipe.text.compat import Compat, compat_pad_id, tokenize_and_concatenate
 from actpipe.text.documents import Corpus, open_corpus
 from actpipe.text.packing import Packing, pack, split
-from actpipe.text.tokenizing import Tokenizing, ordinary_ids, repeated_tokens, tokenize
+from actpipe.text.tokenizing import Tokenizing, check_template, ordinary_ids, repeated_tokens, tokenize
 
 _PROBLEMS_NAMED = 5
 _SAMPLE_DOCUMENTS = 500
@@ -45,7 +45,10 @@ class TokenizeText:
             )
         if not TokenTable.exists(context.corpus(self.config)):
             _special_ids(self.config, context)
-            self._corpus(context)
+            corpus = self._corpus(context)
+            if corpus is not None and corpus.column_type == "messages":
+                assert self.config.dataset is not None
+                check_template(context.spec.tokenizer, self.config.dataset.chat_template)
 
     def run(self, context: RunContext) -> None:
         """Write the token table, whole, unless it is there."""

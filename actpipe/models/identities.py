@@ -15,8 +15,6 @@ from actpipe.models.hooked_model import HookedModel
 
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
-Cache = dict[str, torch.Tensor]
-
 
 @dataclass(frozen=True)
 class Outcome:

@@ -158,6 +158,14 @@ class StoredDocument:
         return self.store.array(name).take(self.rows)
 
 
+def is_complete(folder: RunFolder) -> bool:
+    """Whether a corpus has a store with every part committed."""
+    if not folder.store.is_dir():
+        return False
+    manifest = read_manifest(folder)
+    return len(committed_parts(folder)) == count_parts(manifest.n_rows, manifest.rows_per_part)
+
+
 class ActivationStore:
     """An activation store, open for reading.
 

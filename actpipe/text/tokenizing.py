@@ -31,6 +31,18 @@ class Tokenizing:
     max_tokens: int | None = None
 
 
+def check_template(tokenizer: Any, chat_template: str | None) -> None:
+    """Refuse chat messages that nothing turns into text.
+
+    Raises:
+        DatasetError: Neither the tokenizer nor the recipe has a template.
+    """
+    if not (chat_template or tokenizer.chat_template):
+        raise DatasetError(
+            "the documents are chat messages, but the tokenizer has no chat template; set `dataset.chat_template`"
+        )
+
+
 def tokenize(documents: Iterable[SourceDocument], tokenizer: Any, settings: Tokenizing) -> Iterator[TokenizedDocument]:
     """Yield every document in order, as ids or with the reason why it has none.
 
@@ -38,12 +50,8 @@ def tokenize(documents: Iterable[SourceDocument], tokenizer: Any, settings: Toke
     when documents become sequences.
 
     Raises:
-        DatasetError: Chat messages, and the tokenizer has no template for them.
+        DatasetError: An id is beyond the model's vocabulary.
     """
-    if settings.column_type == "messages" and not (settings.chat_template or tokenizer.chat_template):
-        raise DatasetError(
-            "the documents are chat messages, but the tokenizer has no chat template; set `dataset.chat_template`"
-        )
     for batch in _batches(documents):
         if settings.column_type == "token_ids":
             yield from (_finish(document, _checked_ids(document.value, settings), settings) for document in batch)

@@ -247,15 +247,6 @@ def test_chat_messages_go_through_the_template_and_bring_no_second_bos(write_jso
     assert table.manifest.status_counts == {"ok": 1, "invalid_messages": 1, "empty": 1, "missing": 1}
 
 
-def test_chat_messages_without_a_template_are_refused(write_jsonl, tmp_path):
-    path = write_jsonl([{"messages": [{"role": "user", "content": "Hello"}]}])
-    recipe = make_recipe(path)
-    recipe["stages"][0]["dataset"] = {"path": str(path), "column": "messages"}
-
-    with pytest.raises(DatasetError, match="no chat template"):
-        run(recipe, tmp_path / "run")
-
-
 def test_columns_of_token_ids_are_taken_as_they_are(write_jsonl, tmp_path):
     path = write_jsonl([{"ids": [5, 6, 7]}, {"ids": [600]}, {"ids": [-1]}, {"ids": ["x"]}, {"ids": []}, {"ids": [8]}])
     recipe = make_recipe(path)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from actpipe.schemas.generate import CONTRACTS, FOLDER, json_schema
 from actpipe.schemas.recipe import BUILT_IN_STAGES, Recipe
-from support import ROOT, make_recipe, run
+from support import INDUCTION, ROOT, make_recipe, run
 
-from actpipe.errors import ActpipeError, RecipeError
+from actpipe.errors import ActpipeError, RecipeError, StoreMismatchError
 from actpipe.recipes import check_recipe, read_recipe_text, with_overrides
 
 GOOD = """\
@@ -200,8 +201,29 @@ class TestBeforeAnythingRuns:
     def test_a_device_that_is_not_there(self, corpus, tmp_path):
         recipe = make_recipe(corpus)
         recipe["model"]["device"] = "cuda:99"
-        with pytest.raises(RecipeError, match="cuda:99"):
-            run(recipe, tmp_path / "run")
+        self.refuse(recipe, tmp_path, "cuda:99")
+
+    def test_a_model_that_does_not_say_its_element_type(self, corpus, tmp_path):
+        model = tmp_path / "model"
+        shutil.copytree(INDUCTION, model)
+        config = json.loads((model / "config.json").read_text())
+        del config["dtype"]
+        (model / "config.json").write_text(json.dumps(config))
+        recipe = make_recipe(corpus, model)
+        recipe["model"]["dtype"] = "auto"
+        self.refuse(recipe, tmp_path, "set `model.dtype`")
+
+    def test_chat_messages_without_a_template(self, write_jsonl, tmp_path):
+        path = write_jsonl([{"messages": [{"role": "user", "content": "Hello"}]}])
+        recipe = make_recipe(path)
+        recipe["stages"][0]["dataset"] = {"path": str(path), "column": "messages"}
+        self.refuse(recipe, tmp_path, "no chat template")
+
+    def test_a_folder_that_holds_something_else(self, corpus, tmp_path):
+        with pytest.raises(StoreMismatchError, match="holds other files and no run"):
+            run(make_recipe(corpus), corpus.parent)
+        with pytest.raises(StoreMismatchError, match="is a file"):
+            run(make_recipe(corpus), corpus)
 
 
 def test_a_plan_leaves_nothing_on_disk(corpus, tmp_path, monkeypatch):
