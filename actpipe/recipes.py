@@ -205,9 +205,9 @@ def _model_of(config: type[BaseModel], name: str) -> type[BaseModel] | None:
     return next(_models_in(config.model_fields[name].annotation), None)
 
 
-def _stage_config(item: Any, model: type[Recipe]) -> type[BaseModel] | None:
+def _stage_config(item: Any, model: type[BaseModel]) -> type[BaseModel] | None:
     """Return the settings model of one entry of `stages`, by its name."""
-    configs = _models_in(model.model_fields["stages"].annotation)
+    configs = _models_in(model.model_fields["stages"].annotation) if "stages" in model.model_fields else ()
     name = item.get("stage") if isinstance(item, dict) else None
     return next((config for config in configs if config.model_fields["stage"].default == name), None)
 

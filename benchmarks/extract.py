@@ -27,6 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SPEECHES = ROOT / "workflows/data/tinyshakespeare_speeches.parquet"
 TOKENIZER = ROOT / "workflows/data/induction-2l"
+SCRATCH = ROOT / "runs"
 LAYERS, D_MODEL, CONTEXT = 6, 512, 256
 BATCH_TOKENS = 8192
 
@@ -122,7 +123,7 @@ def measure_speed(n_tokens: int, rounds: int) -> None:
     }
     print(f"speed: {LAYERS} layers, d_model {D_MODEL}, context {CONTEXT}, {n_tokens:,} tokens, float16 on disk")
     print(f"{'stored':34} {'bare tok/s':>11} {'actpipe tok/s':>14} {'ratio':>7}  of {rounds} rounds: min, max")
-    with tempfile.TemporaryDirectory(dir=".") as scratch:
+    with tempfile.TemporaryDirectory(dir=SCRATCH) as scratch:
         folder = Path(scratch)
         model, corpus = make_model(folder / "model"), make_corpus(folder, 1)
         for title, (hooks, layers) in choices.items():
@@ -161,7 +162,7 @@ def measure_memory() -> None:
     """Print the peak resident memory of extracting two lengths, each in a process of its own."""
     print(f"memory: {LAYERS} layers, d_model {D_MODEL}, context {CONTEXT}, resid_post of all layers, float16")
     peaks = {}
-    with tempfile.TemporaryDirectory(dir=".") as scratch:
+    with tempfile.TemporaryDirectory(dir=SCRATCH) as scratch:
         folder = Path(scratch)
         model, corpus = make_model(folder / "model"), make_corpus(folder, 2)
         for n_tokens in (100_000, 1_000_000):
@@ -188,6 +189,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
+    SCRATCH.mkdir(exist_ok=True)
     if arguments.what in ("speed", "all"):
         measure_speed(arguments.tokens, arguments.rounds)
     if arguments.what in ("memory", "all"):
