@@ -1,0 +1,34 @@
+"""Memory does not grow with the corpus."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support import SPEECHES, make_recipe
+
+PEAK = """
+import json, resource, sys
+from rich.console import Console
+from actpipe import run_recipe
+from actpipe.telemetry import Telemetry
+run_recipe(json.loads(sys.argv[1]), out=sys.argv[2], telemetry=Telemetry(Console(quiet=True)))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def peak_kib(n_tokens: int, out: Path) -> int:
+    recipe = make_recipe(SPEECHES, hooks=["blocks.*.hook_resid_post"], rows_per_part="auto", batch_tokens=4096)
+    recipe["stages"][0] |= {"context_length": 256, "max_tokens": n_tokens}
+    command = [sys.executable, "-c", PEAK, json.dumps(recipe), str(out)]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+@pytest.mark.slow
+def test_ten_times_the_tokens_take_no_more_than_a_tenth_more_memory(tmp_path):
+    few, many = peak_kib(50_000, tmp_path / "few"), peak_kib(500_000, tmp_path / "many")
+
+    assert many <= 1.1 * few
