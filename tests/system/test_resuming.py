@@ -24,9 +24,9 @@ KILLS = 3
 
 
 def long_recipe() -> dict:
-    """About 40 parts, so that there is always one to be killed in."""
+    """160 parts: several seconds, so that there is always one to be killed in."""
     recipe = make_recipe(SPEECHES, hooks=["blocks.*.hook_resid_post", "blocks.0.attn.hook_pattern"], metrics=["loss"])
-    recipe["stages"][0] |= {"max_tokens": 20_000, "context_length": 64}
+    recipe["stages"][0] |= {"max_tokens": 81_920, "context_length": 64}
     recipe["stages"][1] |= {"rows_per_part": 512, "batch_tokens": 512}
     recipe["stages"].append({"stage": "summarize_metrics"})
     return recipe
@@ -75,7 +75,7 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(tmp_path, uninterrup
         process.communicate()
         assert process.returncode == -signal.SIGKILL
         seen.append(n_commits(out))
-        with pytest.raises(IncompleteStoreError, match=f"has {seen[-1]} of 40 parts"):
+        with pytest.raises(IncompleteStoreError, match=f"has {seen[-1]} of 160 parts"):
             open_store(out)
 
     process = start(recipe, out)
@@ -111,7 +111,7 @@ def test_ctrl_c_ends_with_130_and_a_word_on_how_to_continue(tmp_path, uninterrup
     assert process.returncode == 130
     assert "the same command continues" in output
     assert "Traceback" not in output
-    assert 3 <= n_commits(out) < 40
+    assert 3 <= n_commits(out) < 160
     assert not list((out / ".partial").glob("part-*"))
     process = start(recipe, out)
     process.communicate(timeout=200)
