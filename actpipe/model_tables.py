@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
 
 from actpipe.errors import RecipeError, did_you_mean
 from actpipe.models.hooked_model import HookedModel, ModelSpec
@@ -12,6 +11,7 @@ from actpipe.models.identities import check_identities, probe_ids
 from actpipe.models.loading import ModelSource
 from actpipe.records import Finding
 
+_SIZES = ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_head", "d_mlp", "d_vocab", "n_ctx")
 _ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -33,12 +33,12 @@ def describe_hooks(model: str, patterns: Sequence[str], *, context: int, dtype: 
     for name in spec.select(patterns):
         point = spec.hook_points[name]
         shape = point.row_shape(spec.shape, context)
-        n_bytes = _ITEM_BYTES[dtype] * math.prod(shape)
+        n_bytes = (4 if point.integer else _ITEM_BYTES[dtype]) * math.prod(shape)
         total += 0 if point.on_request else n_bytes
         axes = " x ".join(f"{axis} {size}" for axis, size in zip(point.axes, shape, strict=True))
-        note = f"{point.meaning} (not stored)" if point.on_request else point.meaning
+        note = f"{point.meaning} (from {point.on_request})" if point.on_request else point.meaning
         rows.append((name, f"{n_bytes:,}", axes, note))
-    sizes = ", ".join(f"{name} {value}" for name, value in asdict(spec.shape).items() if name[0] in "nd")
+    sizes = ", ".join(f"{name} {getattr(spec.shape, name)}" for name in _SIZES)
     return Finding(
         f"{spec.source.title}: {spec.anatomy.family.name}, {spec.n_parameters:,} parameters, {sizes}",
         ("name", "bytes/token", "shape of a row", "meaning"),

@@ -26,22 +26,42 @@ class ModelIdentity(Contract):
     """Element type of the computation."""
 
 
-class ShapeRecord(Contract):
-    """Sizes and structure of the model: enough to know its hook points without it."""
+class BlockRecord(Contract):
+    """Sizes and structure of one block."""
 
-    n_layers: PositiveInt
-    d_model: PositiveInt
     n_heads: PositiveInt
     n_kv_heads: PositiveInt
     d_head: PositiveInt
-    d_mlp: PositiveInt
+    """Length of a value vector."""
+    d_qk: PositiveInt
+    """Length of a query or key vector."""
+    d_mlp: NonNegativeInt
+    """Neurons; 0 where the block has experts in their place."""
+    mlp: Literal["plain", "gated", "experts", "opaque"]
+    n_experts: NonNegativeInt
+    n_experts_per_token: NonNegativeInt
+    projections: bool
+    """Whether queries and keys exist before rotary."""
+    rotary: bool
+    parallel: bool
+    ln1: bool
+    ln2: bool
+    ln1_post: bool
+    ln2_post: bool
+    qk_norm: Literal["none", "head", "all"]
+
+
+class ShapeRecord(Contract):
+    """Sizes and structure of the model: enough to know its hook points without it."""
+
+    d_model: PositiveInt
     d_vocab: PositiveInt
     n_ctx: PositiveInt
     norm: Literal["LN", "RMS"]
     learned_positions: bool
-    rotary: bool
-    parallel: bool
-    gated: bool
+    blocks: Annotated[tuple[BlockRecord, ...], Field(min_length=1)]
+    embed_norm: bool
+    logit_softcap: float | None
 
 
 class TokenTableManifest(Contract):

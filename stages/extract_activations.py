@@ -34,11 +34,9 @@ class ExtractActivations:
     def check(self, context: RunContext) -> None:
         """Refuse names that the model does not have or that are not stored, and parts that cut sequences."""
         for name in context.spec.select(self.config.hooks):
-            if context.spec.hook_points[name].on_request:
-                raise RecipeError(
-                    f"{name} is never stored, it is {context.spec.shape.n_heads} times the residual stream: "
-                    f"store {name.replace('hook_result', 'hook_z')}, and z W_O gives it"
-                )
+            if given_by := context.spec.hook_points[name].on_request:
+                how = f"store {given_by}, and z W_O gives it" if name.endswith("result") else f"{given_by} holds it"
+                raise RecipeError(f"{name} is never stored: {how}")
         layout, context_length = self._sequences(context)
         check_rows_per_part(self.config, layout, context_length)
         if context.recipe.model.device_map is None and not is_complete(context.corpus(self.config)):

@@ -29,14 +29,17 @@ def row_bytes(manifest: StoreManifest) -> int:
 def peak_bytes(config: ExtractActivationsConfig, manifest: StoreManifest, model_bytes: int) -> int:
     """Bound the peak memory of an extraction in one process, weights included.
 
-    The activations of a layer are counted twenty times d_model plus four times d_mlp in float32,
-    scores and patterns three times over, what waits for the disk once, logits three times.
+    The activations of a layer are counted twenty times d_model plus four times d_mlp in float32 (an
+    expert's as four times d_model), scores and patterns three times over, what waits for the disk
+    once, logits three times.
     """
     shape, context_length = manifest.shape, manifest.context_length
     batch_tokens = max(config.batch_tokens, context_length)
-    layer = 4 * batch_tokens * (20 * shape.d_model + 4 * shape.d_mlp)
+    d_mlp = max(block.d_mlp or 4 * shape.d_model * block.n_experts_per_token for block in shape.blocks)
+    n_heads = max(block.n_heads for block in shape.blocks)
+    layer = 4 * batch_tokens * (20 * shape.d_model + 4 * d_mlp)
     looks_at_keys = any("key_position" in array.axes for array in manifest.arrays)
-    scores = 3 * 4 * batch_tokens * shape.n_heads * context_length if looks_at_keys else 0
+    scores = 3 * 4 * batch_tokens * n_heads * context_length if looks_at_keys else 0
     largest = max(math.prod(array.row_shape) * numpy_dtype(array.dtype).itemsize for array in manifest.arrays)
     waiting = config.queue_bytes + 2 * largest * batch_tokens
     logits = 3 * 4 * max(LOGITS_AT_ONCE, shape.d_vocab) if config.metrics else 0

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from actpipe.errors import RecipeError
+from actpipe.hooks import ModelShape
 from actpipe.models.hooked_model import ModelSpec
 from actpipe.planning import rows_per_part_for
-from actpipe.schemas.manifest import ArrayManifest, ShapeRecord, StoreManifest
+from actpipe.schemas.manifest import ArrayManifest, BlockRecord, ShapeRecord, StoreManifest
 from actpipe.schemas.recipe import ExtractActivationsConfig
 
 TOKEN_ARRAYS = {"input_ids": "int32", "position": "int32", "sequence": "int64"}
@@ -24,6 +25,12 @@ def check_rows_per_part(config: ExtractActivationsConfig, layout: str, context_l
             f"rows_per_part ({config.rows_per_part}) is not a multiple of context_length ({context_length}): "
             "packed sequences would be run twice"
         )
+
+
+def record_shape(shape: ModelShape) -> ShapeRecord:
+    """Return a shape as the manifest keeps it."""
+    blocks = tuple(BlockRecord(**asdict(block)) for block in shape.blocks)
+    return ShapeRecord(**{**asdict(shape), "blocks": blocks})
 
 
 def plan_store(
@@ -49,7 +56,7 @@ def plan_store(
         arrays.append(
             ArrayManifest(
                 path=f"activations/{name}",
-                dtype=dtype,
+                dtype="int32" if point.integer else dtype,
                 row_shape=point.row_shape(spec.shape, context_length),
                 axes=("row", *point.axes),
             )
@@ -64,6 +71,6 @@ def plan_store(
         rows_per_part=rows_per_part,
         context_length=context_length,
         model=spec.identity,
-        shape=ShapeRecord(**asdict(spec.shape)),
+        shape=record_shape(spec.shape),
         arrays=tuple(arrays),
     )

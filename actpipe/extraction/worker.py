@@ -157,6 +157,9 @@ class ExtractionWorker:
         if array.axes[-1] == "key_position":
             masked = -torch.inf if name.endswith("scores") else 0.0
             rows = torch.nn.functional.pad(rows, (0, array.row_shape[-1] - rows.shape[-1]), value=masked)
+        if array.dtype == "int32":
+            self._store(array.path, rows.to(torch.int32))
+            return
         clip = self._config.on_overflow == "clip"
         cast, n_lost = cast_rows(rows, getattr(torch, array.dtype), clip=clip)
         if n_lost:

@@ -7,18 +7,23 @@ from collections.abc import Iterable, Mapping
 
 from actpipe.errors import UnknownHookError, did_you_mean
 from actpipe.hooks.catalogue import HookPoint
+from actpipe.hooks.naming import get_act_name
+
+HookName = str | tuple[str, int] | tuple[str, int, str]
+"""A full name, a pattern, a short name (`pattern3`), or `("resid_post", 3)`; the last may name a part: `"ln1"`."""
 
 _LAYERS = re.compile(r"\[([^\]]*)\]")
 _ITEM = re.compile(r"(-?\d+)(?:-(\d+))?")
 
 
-def select_hooks(patterns: Iterable[str], catalogue: Mapping[str, HookPoint], *, n_layers: int) -> tuple[str, ...]:
+def select_hooks(patterns: Iterable[HookName], catalogue: Mapping[str, HookPoint], *, n_layers: int) -> tuple[str, ...]:
     """Resolve names and patterns to names of the catalogue, in firing order, each once.
 
     In the place of the layer number stand a number (negative counts from the last), `*` for
     all, or a list of numbers and ranges in brackets, ends included: `[0-5]`, `[0,4,-1]`.
-    Elsewhere `*` matches any run of characters, dots included. What is made only on request
-    (`hook_result`) is reached by a wildcard only where that matches nothing else.
+    Elsewhere `*` matches any run of characters, dots included. What another name gives
+    (`hook_result`, `hook_q_input`) is reached by a wildcard only where that matches nothing else.
+    TransformerLens' short names (`"k6"`, `("resid_post", -1)`) are taken as `get_act_name` takes them.
 
     Args:
         patterns: Names or patterns as the user wrote them.
@@ -29,12 +34,21 @@ def select_hooks(patterns: Iterable[str], catalogue: Mapping[str, HookPoint], *,
         UnknownHookError: A pattern matches nothing; names the pattern and the nearest name.
     """
     wanted: set[str] = set()
-    for pattern in patterns:
+    for written in patterns:
+        pattern = _spell_out(written, n_layers)
         matched = _match(pattern, catalogue, n_layers)
         if not matched:
             raise UnknownHookError(_explain(pattern, catalogue, n_layers))
         wanted.update(matched)
     return tuple(name for name in catalogue if name in wanted)
+
+
+def _spell_out(written: HookName, n_layers: int) -> str:
+    """Return a full name or pattern for what may be a short name."""
+    if isinstance(written, str):
+        return get_act_name(written) if re.fullmatch(r"[a-z]+\d+[a-z0-9_]*", written) else written
+    name, layer, *place = written
+    return get_act_name(name, layer + n_layers if layer < 0 else layer, *place)
 
 
 def _match(pattern: str, catalogue: Mapping[str, HookPoint], n_layers: int) -> list[str]:

@@ -92,13 +92,18 @@ def attribute_store(
         targets = next_tokens(ids, sequence, block.n_rows)
         rows = _attribute_block(block, components, weights, targets)
         keep(block.start, rows)
-        total = rows[:, : len(components) + 1].sum(-1)
+        total = _capped(rows[:, : len(components) + 1].sum(-1), shape.logit_softcap)
         worst = float(np.nanmax(np.abs(total - block.read(MODEL_LOGIT)), initial=0.0)) if checked else 0.0
         return AttributionSums(sum_by_group(rows, block.read_integers("tokens/position")), worst)
 
     tokens = ["tokens/input_ids", "tokens/sequence", "tokens/position"]
     blocks = even_blocks(store, [*names, *names, *tokens, *checked], block_bytes)
     return map_and_sum(attribute, blocks, done)
+
+
+def _capped(logits: Floats, cap: float | None) -> Floats:
+    """Return what a model with a soft cap makes of its logits; attributions add up to those before it."""
+    return logits if cap is None else cap * np.tanh(logits / cap)
 
 
 def _attribute_block(

@@ -1,112 +1,321 @@
-"""The attention function that sees queries, keys and the mask, and the numbers read from them.
+"""Look on while attention runs: queries, keys, scores and pattern, without changing what it computes.
 
-The model's output always comes from PyTorch's fused kernel, whoever is looking on: scores and
-patterns are computed beside it, so asking for them moves no other activation.
+Most models hand queries, keys and values to a function that transformers looks up by name; that
+lookup is where the first kind of onlooker stands. Models with code of their own are watched at the
+tensor functions they call (softmax, or PyTorch's fused kernel). In both cases the model computes what
+it always does, by the kernel it always uses; scores and patterns are computed beside it.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from actpipe.errors import UnsupportedModelError
 
-IMPLEMENTATION = "actpipe"
-"""The name under which the function is registered with transformers."""
-
 _WITHOUT_EFFECT = {"position_ids", "cache_position"}
-"""Tensors that models pass along and that the fused kernel does not use either."""
+"""Tensors that models pass along and that attention functions do not use."""
+
+
+class AttentionSeen(Protocol):
+    """What one run of one attention layer shows; `(batch, head, position, ...)` all of it."""
+
+    @property
+    def query(self) -> torch.Tensor:
+        """Queries `(batch, head, position, d_qk)`, after rotary."""
+
+    @property
+    def key(self) -> torch.Tensor:
+        """Keys `(batch, kv_head, position, d_qk)`, after rotary."""
+
+    @property
+    def value(self) -> torch.Tensor | None:
+        """Values `(batch, kv_head, position, d_head)`, where they are seen."""
+
+    @property
+    def scores(self) -> torch.Tensor:
+        """Scores `(batch, head, query_position, key_position)` in float32, -inf where masked."""
+
+    @property
+    def pattern(self) -> torch.Tensor:
+        """Softmax of the scores over key positions, in float32; zero in rows that may attend to nothing."""
+
+
+Observer = Callable[[AttentionSeen], None]
 
 
 @dataclass
 class AttentionCall:
-    """What one attention layer was given.
+    """What one attention function was given.
 
-    `query` is `(batch, head, position, d_head)`, `key` `(batch, kv_head, position, d_head)`, both
+    `query` is `(batch, head, position, d_head)`, `key` and `value` `(batch, kv_head, position, d_head)`,
     after rotary. `mask` is boolean (True: may attend), additive, or None for plain causal.
     """
 
     query: torch.Tensor
     key: torch.Tensor
+    value: torch.Tensor | None
     mask: torch.Tensor | None
     scaling: float
     is_causal: bool
+    window: int | None = None
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    alibi: bool = False
 
     @cached_property
     def scores(self) -> torch.Tensor:
-        """Scaled scores `(batch, head, query_position, key_position)` in float32, -inf where masked."""
+        """Scores after soft cap and bias; ALiBi's bias counted from the query."""
         key = self.key.float().repeat_interleave(self.query.shape[1] // self.key.shape[1], dim=1)
         scores = self.query.float() @ key.transpose(-1, -2) * self.scaling
+        if self.softcap is not None:
+            scores = self.softcap * torch.tanh(scores / self.softcap)
+        if self.bias is not None:
+            scores = scores + self.bias.float()
+        return self._masked(scores)
+
+    def _masked(self, scores: torch.Tensor) -> torch.Tensor:
         if self.mask is None:
-            if self.is_causal:
-                future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-                scores.masked_fill_(future, -torch.inf)
-            return scores
-        if self.mask.dtype == torch.bool:
-            return scores.masked_fill_(~self.mask, -torch.inf)
-        blocked = self.mask <= torch.finfo(self.mask.dtype).min
-        return (scores + self.mask).masked_fill_(blocked, -torch.inf)
+            if not self.is_causal:
+                return scores
+            n_queries, n_keys = scores.shape[-2:]
+            ahead = torch.arange(n_keys, device=scores.device) - torch.arange(
+                n_keys - n_queries, n_keys, device=scores.device
+            ).unsqueeze(-1)
+            blocked = ahead > 0 if self.window is None else (ahead > 0) | (ahead <= -self.window)
+            return scores.masked_fill_(blocked, -torch.inf)
+        mask = self.mask[..., : scores.shape[-1]]
+        if mask.dtype == torch.bool:
+            return scores.masked_fill_(~mask, -torch.inf)
+        blocked = mask <= torch.finfo(mask.dtype).min
+        added = mask.float()
+        if self.alibi:
+            added = added - torch.diagonal(added.masked_fill(blocked, 0), dim1=-2, dim2=-1).unsqueeze(-1)
+        return (scores + added).masked_fill(blocked, -torch.inf)
 
     @cached_property
     def pattern(self) -> torch.Tensor:
-        """Softmax of the scores over key positions, in float32; zero in rows that may attend to nothing."""
-        return self.scores.softmax(dim=-1).nan_to_num_(nan=0.0)
+        """Softmax of the scores, a sink taking its share."""
+        if self.sinks is None:
+            return self.scores.softmax(dim=-1).nan_to_num_(nan=0.0)
+        sink = self.sinks.float().reshape(1, -1, 1, 1).expand(*self.scores.shape[:-1], 1)
+        return torch.cat([self.scores, sink], dim=-1).softmax(dim=-1)[..., :-1]
 
 
-Observer = Callable[[AttentionCall], None]
-_observers: weakref.WeakKeyDictionary[nn.Module, Observer] = weakref.WeakKeyDictionary()
+@dataclass
+class SoftmaxCall:
+    """What went into, and came out of, the softmax of an attention layer with code of its own."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    before: torch.Tensor
+    after: torch.Tensor
+    least: float
+    """Half-precision models mask with the smallest number of their own type."""
+    alibi: bool = False
+    value: None = None
+
+    @cached_property
+    def scores(self) -> torch.Tensor:
+        """What the softmax took; ALiBi's bias counted from the query, as in TransformerLens."""
+        scores = self.before.float()
+        blocked = scores <= self.least / 64
+        if self.alibi:
+            plain = (self.query.float() * self.key.float()).sum(-1) * self.query.shape[-1] ** -0.5
+            scores = scores - (torch.diagonal(scores, dim1=-2, dim2=-1) - plain).unsqueeze(-1)
+        return scores.masked_fill(blocked, -torch.inf)
+
+    @cached_property
+    def pattern(self) -> torch.Tensor:
+        """What the softmax gave."""
+        nothing = torch.isneginf(self.scores).all(dim=-1, keepdim=True)
+        return self.after.float().masked_fill(nothing, 0.0)
 
 
-def observe(module: nn.Module, observer: Observer | None) -> None:
-    """Call `observer` whenever this attention module runs; None takes it off again."""
+_observers: weakref.WeakKeyDictionary[nn.Module, tuple[Observer, bool]] = weakref.WeakKeyDictionary()
+
+
+def observe(module: nn.Module, observer: Observer | None, *, alibi: bool = False) -> None:
+    """Call `observer` whenever this module hands its queries to an attention function; None takes it off again."""
     if observer is None:
         _observers.pop(module, None)
     else:
-        _observers[module] = observer
+        _observers[module] = observer, alibi
 
 
-def observed_attention(
+@contextmanager
+def interface_watched() -> Iterator[None]:
+    """Let observers see every attention function that a model looks up while this is open.
+
+    The lookup is wrapped and not replaced by a function of our own: several models do other things
+    under a name they do not know (leave out sparse masks, for one), without an error.
+    """
+    found = AttentionInterface.get_interface
+
+    def get_interface(self: AttentionInterface, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
+        return partial(_shown, found(self, name, default))
+
+    AttentionInterface.get_interface = get_interface
+    try:
+        yield
+    finally:
+        AttentionInterface.get_interface = found
+
+
+def _shown(
+    function: Callable[..., Any],
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
+    *args: Any,
     **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """Run the fused kernel, and show the call to the module's observer, if it has one."""
-    observer = _observers.get(module)
-    if observer is not None:
-        unknown = [n for n, v in kwargs.items() if isinstance(v, torch.Tensor) and n not in _WITHOUT_EFFECT]
-        if unknown or kwargs.get("softcap") is not None:
-            raise UnsupportedModelError(
-                f"{type(module).__name__} passes {', '.join(unknown) or 'softcap'} to its attention function, "
-                "which scores and patterns would not reflect; leave attention hooks of this model out"
-            )
-        causal = kwargs.get("is_causal")
-        observer(
-            AttentionCall(
-                query=query,
-                key=key,
-                mask=attention_mask,
-                scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-                is_causal=bool(getattr(module, "is_causal", True) if causal is None else causal),
+) -> Any:
+    """Run an attention function, and show the call to the module's observer, if it has one."""
+    if module in _observers:
+        observer, alibi = _observers[module]
+        observer(_read_call(module, query, key, value, attention_mask, alibi=alibi, **kwargs))
+    return function(module, query, key, value, attention_mask, *args, **kwargs)
+
+
+def _read_call(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    alibi: bool,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    position_bias: torch.Tensor | None = None,
+    **others: Any,
+) -> AttentionCall:
+    unknown = [n for n, v in others.items() if isinstance(v, torch.Tensor) and n not in _WITHOUT_EFFECT]
+    if unknown:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} passes {', '.join(unknown)} to its attention function, "
+            "which scores and patterns would not reflect; leave attention hooks of this model out"
+        )
+    if attention_mask is not None and attention_mask.ndim != 4:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} runs a kernel that masks by itself; load with "
+            "`attn_implementation='sdpa'` for scores and patterns"
+        )
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    return AttentionCall(
+        query=query,
+        key=key,
+        value=value,
+        mask=attention_mask,
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        is_causal=bool(causal) and query.shape[2] > 1,
+        window=sliding_window,
+        softcap=softcap,
+        sinks=s_aux,
+        bias=position_bias,
+        alibi=alibi,
+    )
+
+
+@dataclass
+class OwnAttention:
+    """Watches one module that computes attention itself, by the tensor functions it calls."""
+
+    module: nn.Module
+    observer: Observer
+    alibi: bool = False
+    _forward: Callable[..., Any] | None = field(default=None, init=False)
+
+    def attach(self) -> None:
+        """Stand beside the module's forward."""
+        forward = self._forward = self.module.forward
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            with _Watch(self.module, self.observer, alibi=self.alibi):
+                return forward(*args, **kwargs)
+
+        self.module.forward = watched
+
+    def detach(self) -> None:
+        """Leave the module as it was."""
+        if self._forward is not None:
+            self.module.__dict__.pop("forward", None)
+            if self.module.forward != self._forward:
+                self.module.forward = self._forward
+            self._forward = None
+
+
+_PRODUCTS = {"matmul", "__matmul__", "bmm", "baddbmm"}
+
+
+class _Watch(TorchFunctionMode):
+    """Sees the product of queries and keys, and the softmax over it."""
+
+    def __init__(self, module: nn.Module, observer: Observer, *, alibi: bool) -> None:
+        super().__init__()
+        self._module = module
+        self._observer = observer
+        self._alibi = alibi
+        self._factors: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name == "scaled_dot_product_attention":
+            self._see_kernel(*args, **kwargs)
+        output = func(*args, **kwargs)
+        if name in _PRODUCTS:
+            left = kwargs.get("batch1", args[1] if len(args) > 2 else args[0])
+            right = kwargs.get("batch2", args[-1])
+            self._factors = left, right
+        elif name == "softmax" and self._factors is not None:
+            self._see_softmax(args[0] if args else kwargs["input"], output, *self._factors)
+        return output
+
+    def _see_kernel(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,  # noqa: ARG002
+        is_causal: bool = False,
+        scale: float | None = None,
+        **_: Any,
+    ) -> None:
+        scaling = query.shape[-1] ** -0.5 if scale is None else scale
+        self._observer(AttentionCall(query, key, value, attn_mask, scaling, is_causal, alibi=self._alibi))
+
+    def _see_softmax(self, before: torch.Tensor, after: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+        n_queries, n_keys = before.shape[-2:]
+        weight = next(self._module.parameters())
+        heads = int(getattr(self._module, "num_heads", 0) or getattr(self._module, "n_heads", before.shape[1]))
+        shape = (-1, heads, n_queries, n_keys)
+        key = right.transpose(-1, -2)
+        self._observer(
+            SoftmaxCall(
+                query=left.reshape(-1, heads, n_queries, left.shape[-1]),
+                key=key.reshape(before.numel() // (heads * n_queries * n_keys), -1, n_keys, key.shape[-1]),
+                before=before.reshape(shape),
+                after=after.reshape(shape),
+                least=torch.finfo(weight.dtype).min,
+                alibi=self._alibi,
             )
         )
-    output: tuple[torch.Tensor, None] = sdpa_attention_forward(
-        module, query, key, value, attention_mask, scaling=scaling, **kwargs
-    )
-    return output
-
-
-AttentionInterface.register(IMPLEMENTATION, observed_attention)
-AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from types import TracebackType
 from typing import Any, Self
 
@@ -13,7 +13,7 @@ from torch import nn
 
 from actpipe.errors import IdentityError
 from actpipe.models.anatomy import Anatomy
-from actpipe.models.attention import IMPLEMENTATION, AttentionCall, observe
+from actpipe.models.attention import AttentionSeen, OwnAttention, interface_watched, observe
 from actpipe.models.taps import Side, Tap
 
 Sink = Callable[[str, torch.Tensor], None]
@@ -35,38 +35,32 @@ class Capture(AbstractContextManager["Capture"]):
     """
 
     def __init__(self, anatomy: Anatomy, taps: Iterable[Tap], sink: Sink, *, stop: bool) -> None:
+        self._anatomy = anatomy
         self._native = anatomy.native
         self._taps = tuple(taps)
         self._sink = sink
         self._stop = stop
         self._pending: set[str] = set()
         self._running = False
-        self._batch_size = 0
-        self._handles: list[Any] = []
-        self._observed: list[nn.Module] = []
-        self._implementation: str | None = None
+        self._batch_size = self._n_tokens = 0
+        self._stack = ExitStack()
 
     def __enter__(self) -> Self:
         places: dict[tuple[nn.Module, Side], list[Tap]] = defaultdict(list)
         for tap in self._taps:
             places[tap.module, tap.side].append(tap)
-        if any(side == "attention" for _, side in places):
-            self._implementation = self._native.config._attn_implementation
-            self._native.set_attn_implementation(IMPLEMENTATION)
-        for (module, side), taps in places.items():
-            self._attach(module, side, taps)
+        with ExitStack() as stack:
+            if any(side == "attention" for _, side in places):
+                stack.enter_context(interface_watched())
+            for (module, side), taps in places.items():
+                self._attach(stack, module, side, taps)
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for handle in self._handles:
-            handle.remove()
-        for module in self._observed:
-            observe(module, None)
-        if self._implementation is not None:
-            self._native.set_attn_implementation(self._implementation)
-        self._handles, self._observed, self._implementation = [], [], None
+        self._stack.close()
 
     def run(self, input_ids: torch.Tensor, **kwargs: Any) -> Any:
         """Run the model on `(batch, position)` ids; return its output, or None where it was stopped.
@@ -75,7 +69,7 @@ class Capture(AbstractContextManager["Capture"]):
             IdentityError: A name that was asked for did not come by.
         """
         self._pending = {tap.name for tap in self._taps}
-        self._batch_size = input_ids.shape[0]
+        self._batch_size, self._n_tokens = input_ids.shape[0], input_ids.numel()
         output = None
         if self._pending or not self._stop:
             self._running = True
@@ -92,33 +86,43 @@ class Capture(AbstractContextManager["Capture"]):
             )
         return output
 
-    def _attach(self, module: nn.Module, side: Side, taps: list[Tap]) -> None:
+    def _attach(self, stack: ExitStack, module: nn.Module, side: Side, taps: list[Tap]) -> None:
         if side == "attention":
-
-            def on_call(call: AttentionCall) -> None:
-                self._deliver(taps, call)
-
-            observe(module, on_call)
-            self._observed.append(module)
+            self._watch(stack, module, taps)
         elif side == "input":
 
             def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                self._deliver(taps, args[0] if args else kwargs["hidden_states"])
+                self._deliver(taps, (args[0] if args else kwargs["hidden_states"],))
 
-            self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
         else:
 
             def after(_: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-                self._deliver(taps, output[0] if isinstance(output, tuple) else output)
+                self._deliver(taps, output if isinstance(output, tuple) else (output,))
 
-            self._handles.append(module.register_forward_hook(after))
+            stack.callback(module.register_forward_hook(after).remove)
 
-    def _deliver(self, taps: list[Tap], value: Any) -> None:
+    def _watch(self, stack: ExitStack, module: nn.Module, taps: list[Tap]) -> None:
+        def on_attention(seen: AttentionSeen) -> None:
+            self._deliver(taps, (seen,))
+
+        alibi = self._anatomy.alibi
+        if self._anatomy.family.sees_attention_by == "interface":
+            observe(module, on_attention, alibi=alibi)
+            stack.callback(observe, module, None)
+        else:
+            own = OwnAttention(module, on_attention, alibi)
+            own.attach()
+            stack.callback(own.detach)
+
+    def _deliver(self, taps: list[Tap], values: tuple[Any, ...]) -> None:
         if not self._running:
             return
         for tap in taps:
-            tensor = tap.read(value)
-            if tensor.shape[0] != self._batch_size:
+            tensor = tap.read(values[tap.item])
+            if tap.flat and tensor.shape[0] == self._n_tokens:
+                tensor = tensor.reshape(self._batch_size, -1, *tensor.shape[1:])
+            elif tensor.shape[0] != self._batch_size:
                 tensor = tensor.expand(self._batch_size, *tensor.shape[1:])
             self._sink(tap.name, tensor)
             self._pending.discard(tap.name)

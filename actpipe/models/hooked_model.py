@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from transformers import PreTrainedModel
 
-from actpipe.hooks import HookPoint, ModelShape, build_catalogue, select_hooks
+from actpipe.hooks import HookName, HookPoint, ModelShape, build_catalogue, select_hooks
 from actpipe.models.anatomy import Anatomy, find_anatomy
 from actpipe.models.capture import Capture, Sink
 from actpipe.models.loading import (
@@ -65,7 +65,7 @@ class ModelSpec:
         """Number of weights; tied ones count once."""
         return sum(parameter.numel() for parameter in self.anatomy.native.parameters())
 
-    def select(self, patterns: Iterable[str]) -> tuple[str, ...]:
+    def select(self, patterns: Iterable[HookName]) -> tuple[str, ...]:
         """Resolve hook names and patterns; see `actpipe.hooks.select_hooks`."""
         return select_hooks(patterns, self.hook_points, n_layers=self.shape.n_layers)
 
@@ -135,7 +135,7 @@ class HookedModel:
         """Element type of the computation."""
         return self.native.dtype
 
-    def select(self, patterns: Iterable[str]) -> tuple[str, ...]:
+    def select(self, patterns: Iterable[HookName]) -> tuple[str, ...]:
         """Resolve hook names and patterns; see `actpipe.hooks.select_hooks`."""
         return select_hooks(patterns, self.hook_points, n_layers=self.shape.n_layers)
 
@@ -151,14 +151,15 @@ class HookedModel:
         self,
         input_ids: InputIds,
         attention_mask: InputIds | None = None,
-        names: Iterable[str] | None = None,
+        names: Iterable[HookName] | None = None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Run the model and keep named activations.
 
         Args:
             input_ids: `(batch, position)` token ids, or one sequence.
             attention_mask: `(batch, position)`, 1 at real tokens. Positions count real tokens only.
-            names: Names or patterns; all hook points by default (`hook_result` only where it is named).
+            names: Names, patterns or short names (`"k6"`, `("resid_post", -1)`); all hook points by
+                default, but for those that another gives (`hook_result`, `hook_q_input`, `hook_mlp_in`).
 
         Returns:
             Logits `(batch, position, d_vocab)`, and a dict from name to tensor in firing order, with
@@ -179,7 +180,7 @@ class HookedModel:
             output = capture.run(**self._inputs(input_ids, attention_mask))
         cache = {name: kept[name] for name in selected}
         for name in selected:
-            if self.hook_points[name].axes[-1] == "key_position":
+            if self.hook_points[name].looks_at_keys:
                 cache[name] = cache[name].transpose(1, 2)
         return output.logits, cache
 
@@ -193,7 +194,10 @@ class HookedModel:
     def unembed(self, normalized: torch.Tensor) -> torch.Tensor:
         """Return the logits of final-norm outputs `(..., d_model)`, as the model's head computes them."""
         logits: torch.Tensor = self.anatomy.unembed(normalized)
-        return logits
+        if self.anatomy.logit_scale != 1.0:
+            logits = logits * self.anatomy.logit_scale
+        cap = self.shape.logit_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def _inputs(self, input_ids: InputIds, attention_mask: InputIds | None) -> dict[str, torch.Tensor]:
         ids = _as_tensor(input_ids)

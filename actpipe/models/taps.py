@@ -10,11 +10,11 @@ from typing import Any, Literal, cast
 import torch
 from torch import nn
 
-from actpipe.hooks import HookPoint, ModelShape
+from actpipe.hooks import BlockShape, HookPoint
 from actpipe.models.anatomy import Anatomy, matrix, norm_epsilon
-from actpipe.models.attention import AttentionCall
-from actpipe.models.families.entry import Projection
-from actpipe.models.families.fused import Part, split_heads
+from actpipe.models.attention import AttentionSeen
+from actpipe.models.families.entry import Layout
+from actpipe.models.families.fused import Part, split_branch, split_heads
 
 Side = Literal["input", "output", "attention"]
 
@@ -23,7 +23,7 @@ Side = Literal["input", "output", "attention"]
 class Tap:
     """One name's place in the model.
 
-    `read` maps what passes there (a `(batch, position, ...)` tensor, or an `AttentionCall`) to the
+    `read` maps what passes there (a `(batch, position, ...)` tensor, or an `AttentionSeen`) to the
     activation, `(batch, position, ...)` too. It may return a view: whoever keeps it copies it.
     """
 
@@ -31,6 +31,10 @@ class Tap:
     module: nn.Module
     side: Side
     read: Callable[[Any], torch.Tensor]
+    flat: bool = False
+    """Whether batch and positions pass there as one axis."""
+    item: int = 0
+    """Which one to take where a module returns several."""
 
 
 UNEMBED_INPUT = "unembed.hook_in"
@@ -45,90 +49,176 @@ def unembed_input_tap(anatomy: Anatomy) -> Tap:
 def tap_for(anatomy: Anatomy, point: HookPoint) -> Tap:
     """Return where `point` is read in this model."""
     if point.layer is None:
-        module, side, read = _outside_blocks(anatomy, point.name)
-    elif point.kind.startswith(("ln1.", "ln2.")):
-        norm = anatomy.part(point.layer, getattr(anatomy.family, point.kind[:3]))
-        module, side, read = _norm(norm, point.kind[4:], anatomy.family.norm)
-    elif point.kind.startswith("attn."):
-        module, side, read = _attention(anatomy, point.layer, point.kind[len("attn.hook_") :])
-    else:
-        module, side, read = _rest_of_block(anatomy, point.layer, point.kind)
-    return Tap(point.name, module, side, read)
-
-
-_Place = tuple[nn.Module, Side, Callable[[Any], torch.Tensor]]
+        return _outside_blocks(anatomy, point.name)
+    return _InBlock(anatomy, point.layer, point.name).tap(point.kind)
 
 
 def _same(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def _outside_blocks(anatomy: Anatomy, name: str) -> _Place:
+def _outside_blocks(anatomy: Anatomy, name: str) -> Tap:
+    if name == "hook_tokens":
+        return Tap(name, anatomy.embed, "input", _same)
     if name == "hook_embed":
-        return anatomy.embed, "output", _same
+        if anatomy.pos_embed is None:
+            return Tap(name, anatomy.blocks[0], "input", _same)
+        return Tap(name, anatomy.embed, "output", _same)
     if name == "hook_pos_embed":
         assert anatomy.pos_embed is not None
-        return anatomy.pos_embed, "output", _same
-    return _norm(anatomy.final_norm, name.removeprefix("ln_final."), anatomy.family.norm)
+        return Tap(name, anatomy.pos_embed, "output", _same)
+    if name.startswith("embed.ln."):
+        assert anatomy.embed_norm is not None
+        return _norm_tap(anatomy, name, anatomy.embed_norm)
+    return _norm_tap(anatomy, name, anatomy.final_norm)
 
 
-def _rest_of_block(anatomy: Anatomy, layer: int, kind: str) -> _Place:
-    family = anatomy.family
-    places: dict[str, tuple[str, Side]] = {
-        "hook_resid_pre": ("", "input"),
-        "hook_attn_out": (family.attention, "output"),
-        "hook_resid_mid": (family.ln2, "input"),
-        "mlp.hook_pre": (family.w_gate or family.w_in, "output"),
-        "mlp.hook_pre_linear": (family.w_in, "output"),
-        "mlp.hook_post": (family.w_out, "input"),
-        "hook_mlp_out": (family.mlp, "output"),
-        "hook_resid_post": ("", "output"),
-    }
-    path, side = places[kind]
-    return anatomy.part(layer, path), side, _same
+@dataclass(frozen=True)
+class _InBlock:
+    """Finds the names of one block."""
+
+    anatomy: Anatomy
+    layer: int
+    name: str
+
+    def tap(self, kind: str) -> Tap:
+        prefix, _, what = kind.rpartition(".")
+        if prefix.startswith("ln"):
+            norm = self.anatomy.part(self.layer, getattr(self.anatomy.family, prefix))
+            return _norm_tap(self.anatomy, self.name, norm, flat=prefix == "ln2" and self.anatomy.family.flat_mlp)
+        if prefix in ("attn.q_norm", "attn.k_norm"):
+            return self._qk_norm(prefix.removeprefix("attn."), what)
+        if prefix == "attn":
+            return self._attention(what.removeprefix("hook_"))
+        return self._mlp(what) if prefix == "mlp" else self._stream(what)
+
+    def _at(
+        self, module: nn.Module, side: Side, read: Callable[[Any], torch.Tensor] = _same, *, flat: bool = False
+    ) -> Tap:
+        return Tap(self.name, module, side, read, flat)
+
+    @property
+    def _block(self) -> BlockShape:
+        return self.anatomy.shape.blocks[self.layer]
+
+    def _part(self, paths: Any) -> nn.Module:
+        return self.anatomy.part(self.layer, paths)
+
+    def _stream(self, kind: str) -> Tap:
+        family, block = self.anatomy.family, self.anatomy.blocks[self.layer]
+        scaled = partial(_times, factor=self.anatomy.branch_scale)
+        if kind == "hook_resid_post":
+            return self._at(block, "output")
+        if kind == "hook_attn_out":
+            return self._at(self._part(family.attn_out or family.ln1_post or family.attention), "output", scaled)
+        if kind == "hook_mlp_out":
+            return self._at(self._part(family.ln2_post or family.mlp), "output", scaled, flat=family.flat_mlp)
+        if kind == "hook_resid_mid" or (kind == "hook_mlp_in" and not self._block.parallel):
+            flat = family.flat_mlp
+            return self._at(self._part(family.ln2 or family.mlp), "input", flat=flat)
+        if kind in ("hook_resid_pre", "hook_mlp_in"):
+            return self._at(block, "input")
+        n_copies = self._block.n_kv_heads if kind in ("hook_k_input", "hook_v_input") else self._block.n_heads
+        return self._at(block, "input", partial(_copies, n_copies=n_copies))
+
+    def _mlp(self, kind: str) -> Tap:
+        family, config = self.anatomy.family, self.anatomy.native.config
+        if kind in ("hook_pre", "hook_pre_linear"):
+            projection = family.w_in if kind == "hook_pre_linear" else family.w_gate or family.w_in
+            branch = partial(split_branch, layout=projection.layout_in(config))
+            return self._at(self._part(projection.module), "output", branch, flat=family.flat_mlp)
+        if kind == "hook_post":
+            return self._at(self._part(family.w_out), "input", flat=family.flat_mlp)
+        router = self._part(family.router)
+        if kind == "hook_expert_indices":
+            return Tap(self.name, router, "output", _same, flat=True, item=2)
+        read = _same if kind == "hook_router_logits" else _SCORED[family.router_scores]
+        return Tap(self.name, router, "output", read, flat=True)
+
+    def _attention(self, what: str) -> Tap:
+        family, block = self.anatomy.family, self._block
+        projection = getattr(family, what, None) if what in ("q", "k", "v") else None
+        if projection is not None:
+            layout = projection.layout_in(self.anatomy.native.config)
+            read = partial(_read_projection, layout=layout, part=cast(Part, what), block=block)
+            return self._at(self._part(projection.module), "output", read)
+        if what in ("z", "result"):
+            out = self._part(family.out)
+            if what == "z":
+                return self._at(out, "input", partial(_read_z, n_heads=block.n_heads))
+            scale = self.anatomy.branch_scale
+            return self._at(out, "input", partial(_read_result, out=out, n_heads=block.n_heads, scale=scale))
+        attention = self._part(family.attention)
+        if what in ("v", "rot_k"):
+            read = partial(_read_value if what == "v" else _read_key, block=block)
+            return self._at(attention, "attention", read)
+        return self._at(attention, "attention", _FROM_ATTENTION[what])
+
+    def _qk_norm(self, which: str, what: str) -> Tap:
+        family = self.anatomy.family
+        norm = self._part(getattr(family, which))
+        swap = family.qk_norm_input == "heads_first"
+        leaf = next(module for module in norm.modules() if not list(module.children()))
+        measure = _norm_scale if what == "hook_scale" else _divided
+        read = partial(measure, kind=family.qk_norm, epsilon=norm_epsilon(leaf))
+        return self._at(norm, "input", partial(_positions_first, read=read) if swap else read)
 
 
-def _attention(anatomy: Anatomy, layer: int, what: str) -> _Place:
-    family, shape = anatomy.family, anatomy.shape
-    if what in ("q", "k", "v"):
-        projection: Projection = getattr(family, what)
-        read = partial(_read_projection, projection=projection, part=cast(Part, what), shape=shape)
-        return anatomy.part(layer, projection.module), "output", read
-    if what in ("z", "result"):
-        out = anatomy.part(layer, family.out)
-        read = partial(_read_z, shape=shape) if what == "z" else partial(_read_result, out=out, shape=shape)
-        return out, "input", read
-    return anatomy.part(layer, family.attention), "attention", _FROM_CALL[what]
+def _times(tensor: torch.Tensor, factor: float) -> torch.Tensor:
+    return tensor if factor == 1.0 else tensor * factor
 
 
-def _read_projection(tensor: torch.Tensor, projection: Projection, part: Part, shape: ModelShape) -> torch.Tensor:
-    return split_heads(tensor, projection.layout, part, shape)
+def _copies(tensor: torch.Tensor, n_copies: int) -> torch.Tensor:
+    return tensor.unsqueeze(-2).expand(*tensor.shape[:-1], n_copies, tensor.shape[-1])
 
 
-def _read_z(tensor: torch.Tensor, shape: ModelShape) -> torch.Tensor:
-    return tensor.reshape(*tensor.shape[:-1], shape.n_heads, -1)
+def _read_projection(tensor: torch.Tensor, layout: Layout, part: Part, block: BlockShape) -> torch.Tensor:
+    return split_heads(tensor, layout, part, block)
 
 
-def _read_result(tensor: torch.Tensor, out: nn.Module, shape: ModelShape) -> torch.Tensor:
-    z = _read_z(tensor, shape)
-    return torch.einsum("bphd,hdm->bphm", z, matrix(out).reshape(*z.shape[-2:], -1))
+def _read_z(tensor: torch.Tensor, n_heads: int) -> torch.Tensor:
+    return tensor.reshape(*tensor.shape[:-1], n_heads, -1)
 
 
-_FROM_CALL: dict[str, Callable[[AttentionCall], torch.Tensor]] = {
-    "rot_q": lambda call: call.query.transpose(1, 2),
-    "rot_k": lambda call: call.key.transpose(1, 2),
-    "attn_scores": lambda call: call.scores.transpose(1, 2),
-    "pattern": lambda call: call.pattern.transpose(1, 2),
+def _read_result(tensor: torch.Tensor, out: nn.Module, n_heads: int, scale: float) -> torch.Tensor:
+    z = _read_z(tensor, n_heads)
+    result = torch.einsum("bphd,hdm->bphm", z, matrix(out).reshape(*z.shape[-2:], -1))
+    return _times(result, scale)
+
+
+def _unrepeated(heads: torch.Tensor, block: BlockShape) -> torch.Tensor:
+    """Return `(batch, position, kv_head, d)` of keys or values, which a model may have repeated for its queries."""
+    return heads[:, :: heads.shape[1] // block.n_kv_heads].transpose(1, 2)
+
+
+def _read_value(seen: AttentionSeen, block: BlockShape) -> torch.Tensor:
+    assert seen.value is not None
+    return _unrepeated(seen.value, block)
+
+
+def _read_key(seen: AttentionSeen, block: BlockShape) -> torch.Tensor:
+    return _unrepeated(seen.key, block)
+
+
+_FROM_ATTENTION: dict[str, Callable[[AttentionSeen], torch.Tensor]] = {
+    "rot_q": lambda seen: seen.query.transpose(1, 2),
+    "attn_scores": lambda seen: seen.scores.transpose(1, 2),
+    "pattern": lambda seen: seen.pattern.transpose(1, 2),
+}
+_SCORED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "softmax": lambda logits: logits.float().softmax(-1),
+    "sigmoid": lambda logits: logits.float().sigmoid(),
 }
 
 
-def _norm(norm: nn.Module, what: str, kind: Literal["LN", "RMS"]) -> _Place:
+def _norm_tap(anatomy: Anatomy, name: str, norm: nn.Module, *, flat: bool = False) -> Tap:
     """Read a norm as TransformerLens 2.16 means it: LayerNorm's `normalized` has weight and bias, RMSNorm's not."""
-    if what == "hook_scale":
-        return norm, "input", partial(_norm_scale, kind=kind, epsilon=norm_epsilon(norm))
-    if kind == "LN":
-        return norm, "output", _same
-    return norm, "input", partial(_rms_normalized, epsilon=norm_epsilon(norm))
+    kind = anatomy.family.norm
+    if kind == "LN" and name.endswith("hook_normalized"):
+        return Tap(name, norm, "output", _same, flat)
+    read = _norm_scale if name.endswith("hook_scale") else _divided
+    epsilon = norm_epsilon(norm, anatomy.family.norm_epsilon)
+    return Tap(name, norm, "input", partial(read, kind=kind, epsilon=epsilon), flat)
 
 
 def _norm_scale(tensor: torch.Tensor, kind: Literal["LN", "RMS"], epsilon: float) -> torch.Tensor:
@@ -138,5 +228,13 @@ def _norm_scale(tensor: torch.Tensor, kind: Literal["LN", "RMS"], epsilon: float
     return (wide.square().mean(-1, keepdim=True) + epsilon).sqrt()
 
 
-def _rms_normalized(tensor: torch.Tensor, epsilon: float) -> torch.Tensor:
-    return (tensor.float() / _norm_scale(tensor, "RMS", epsilon)).to(tensor.dtype)
+def _divided(tensor: torch.Tensor, kind: Literal["LN", "RMS"], epsilon: float) -> torch.Tensor:
+    """Return a norm's input, centred for LayerNorm, over its scale: before weight and bias."""
+    wide = tensor.float()
+    if kind == "LN":
+        wide = wide - wide.mean(-1, keepdim=True)
+    return (wide / _norm_scale(tensor, kind, epsilon)).to(tensor.dtype)
+
+
+def _positions_first(tensor: torch.Tensor, read: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    return read(tensor).transpose(1, 2)

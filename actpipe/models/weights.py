@@ -5,8 +5,10 @@ Source: TransformerLens 2.16, `weight_conversions` and the properties of `Hooked
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from einops import rearrange
@@ -14,7 +16,8 @@ from torch import nn
 
 from actpipe.errors import UnknownHookError, did_you_mean
 from actpipe.models.anatomy import Anatomy, matrix
-from actpipe.models.families.fused import Part, split_heads
+from actpipe.models.families.entry import Projection
+from actpipe.models.families.fused import Part, split_branch, split_heads
 
 _BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 
@@ -47,53 +50,91 @@ class Weights:
         return getters[key]().detach()
 
     def _outside_blocks(self) -> dict[str, Callable[[], torch.Tensor]]:
-        anatomy = self._anatomy
+        anatomy, config = self._anatomy, self._anatomy.native.config
+        embed_scale, logit_scale = float(anatomy.family.embed_scale(config)), anatomy.logit_scale
         getters: dict[str, Callable[[], torch.Tensor]] = {
-            "embed.W_E": lambda: _tensor(anatomy.embed, "weight"),
-            "unembed.W_U": lambda: matrix(anatomy.unembed),
-            "unembed.b_U": lambda: _bias(anatomy.unembed),
+            "embed.W_E": lambda: _times(_tensor(anatomy.embed, "weight"), embed_scale),
+            "unembed.W_U": lambda: _times(matrix(anatomy.unembed), logit_scale),
+            "unembed.b_U": lambda: _times(_bias(anatomy.unembed), logit_scale),
             **self._norm("ln_final", anatomy.final_norm),
         }
+        if anatomy.embed_norm is not None:
+            getters |= self._norm("embed.ln", anatomy.embed_norm)
         if anatomy.pos_embed is not None:
-            pos_embed = anatomy.pos_embed
-            getters["pos_embed.W_pos"] = lambda: _tensor(pos_embed, "weight")
+            name = "weight" if hasattr(anatomy.pos_embed, "weight") else "weights"
+            getters["pos_embed.W_pos"] = lambda: _tensor(anatomy.pos_embed, name)[anatomy.family.pos_embed_offset :]
         return getters
 
     def _of_block(self, layer: int) -> dict[str, Callable[[], torch.Tensor]]:
-        family, part = self._anatomy.family, self._anatomy.part
-        out, w_in, w_out = (part(layer, path) for path in (family.out, family.w_in, family.w_out))
+        anatomy, family, block = self._anatomy, self._anatomy.family, self._shape.blocks[layer]
+        out, scale = anatomy.part(layer, family.out), anatomy.branch_scale
         getters: dict[str, Callable[[], torch.Tensor]] = {
-            **self._norm("ln1", part(layer, family.ln1)),
-            **self._norm("ln2", part(layer, family.ln2)),
-            "attn.W_O": lambda: rearrange(matrix(out), "(h d) m -> h d m", h=self._shape.n_heads),
-            "attn.b_O": lambda: _bias(out),
-            "mlp.W_in": lambda: matrix(w_in),
-            "mlp.b_in": lambda: _bias(w_in),
-            "mlp.W_out": lambda: matrix(w_out),
-            "mlp.b_out": lambda: _bias(w_out),
+            "attn.W_O": lambda: _times(rearrange(matrix(out), "(h d) m -> h d m", h=block.n_heads), scale),
+            "attn.b_O": lambda: _times(_bias(out), scale),
         }
-        if family.w_gate is not None:
-            gate = part(layer, family.w_gate)
-            getters["mlp.W_gate"] = lambda: matrix(gate)
-        for which in ("q", "k", "v"):
-            getters[f"attn.W_{which.upper()}"] = lambda which=which: self._heads(layer, which, "weight")  # type: ignore[misc]
-            getters[f"attn.b_{which.upper()}"] = lambda which=which: self._heads(layer, which, "bias")  # type: ignore[misc]
+        for name in ("ln1", "ln2", "ln1_post", "ln2_post"):
+            if getattr(block, name):
+                getters |= self._norm(name, anatomy.part(layer, getattr(family, name)))
+        if block.projections:
+            for which in ("q", "k", "v"):
+                getters[f"attn.W_{which.upper()}"] = partial(self._heads, layer, which, "weight")
+                getters[f"attn.b_{which.upper()}"] = partial(self._heads, layer, which, "bias")
+        if block.qk_norm != "none":
+            getters |= self._qk_norms(layer)
+        if family.sinks is not None:
+            read_sinks = operator.attrgetter(family.sinks)
+            getters["attn.sinks"] = lambda: read_sinks(anatomy.blocks[layer])
+        if block.mlp in ("plain", "gated"):
+            w_out = anatomy.part(layer, family.w_out)
+            getters |= self._branch("in", layer, family.w_in)
+            getters["mlp.W_out"] = lambda: _times(matrix(w_out), scale)
+            getters["mlp.b_out"] = lambda: _times(_bias(w_out), scale)
+            if family.w_gate is not None:
+                getters |= self._branch("gate", layer, family.w_gate)
+        elif block.mlp == "experts":
+            router = anatomy.part(layer, family.router or "")
+            getters["mlp.W_router"] = lambda: matrix(router)
+            getters["mlp.b_router"] = lambda: _bias(router)
         return getters
 
+    def _branch(self, name: str, layer: int, projection: Projection) -> dict[str, Callable[[], torch.Tensor]]:
+        module = self._anatomy.part(layer, projection.module)
+        layout = projection.layout_in(self._anatomy.native.config)
+        return {
+            f"mlp.W_{name}": lambda: split_branch(matrix(module), layout),
+            f"mlp.b_{name}": lambda: split_branch(_bias(module), layout),
+        }
+
     def _norm(self, name: str, norm: nn.Module) -> dict[str, Callable[[], torch.Tensor]]:
-        getters: dict[str, Callable[[], torch.Tensor]] = {f"{name}.w": lambda: _tensor(norm, "weight")}
+        offset, size = self._anatomy.family.norm_offset, self._shape.d_model
+        getters: dict[str, Callable[[], torch.Tensor]] = {f"{name}.w": lambda: _norm_weight(norm, size, offset)}
         if self._anatomy.family.norm == "LN":
-            getters[f"{name}.b"] = lambda: _tensor(norm, "bias")
+            getters[f"{name}.b"] = lambda: _norm_bias(norm, size)
+        return getters
+
+    def _qk_norms(self, layer: int) -> dict[str, Callable[[], torch.Tensor]]:
+        """Return weights of the norms of queries and keys; one row per head where heads have their own."""
+        family, block, offset = self._anatomy.family, self._shape.blocks[layer], self._anatomy.family.norm_offset
+        getters: dict[str, Callable[[], torch.Tensor]] = {}
+        for which in ("q_norm", "k_norm"):
+            norm = self._anatomy.part(layer, getattr(family, which))
+            leaves = [module for module in norm.modules() if not list(module.children())]
+            if len(leaves) == 1:
+                getters[f"attn.{which}.w"] = partial(_norm_weight, leaves[0], block.d_qk, offset)
+                getters[f"attn.{which}.b"] = partial(_norm_bias, leaves[0], block.d_qk)
+            else:
+                getters[f"attn.{which}.w"] = partial(_stacked, _norm_weight, leaves, block.d_qk, offset)
+                getters[f"attn.{which}.b"] = partial(_stacked, _norm_bias, leaves, block.d_qk)
         return getters
 
     def _heads(self, layer: int, which: Part, what: str) -> torch.Tensor:
         """Return `(head, d_model, d_head)` or `(head, d_head)`; grouped keys and values are repeated, as there."""
         projection = getattr(self._anatomy.family, which)
-        module = self._anatomy.part(layer, projection.module)
+        module, block = self._anatomy.part(layer, projection.module), self._shape.blocks[layer]
         fused = matrix(module) if what == "weight" else _bias(module)
-        heads = split_heads(fused, projection.layout, which, self._shape)
+        heads = split_heads(fused, projection.layout_in(self._anatomy.native.config), which, block)
         heads = heads.transpose(0, 1) if what == "weight" else heads
-        return heads.repeat_interleave(self._shape.n_heads // heads.shape[0], dim=0)
+        return heads.repeat_interleave(block.n_heads // heads.shape[0], dim=0)
 
     def _stack(self, kind: str) -> torch.Tensor:
         return torch.stack([self[f"blocks.{layer}.{kind}"] for layer in range(self._shape.n_layers)])
@@ -184,7 +225,11 @@ class Weights:
         return self._stack("mlp.b_out")
 
 
-def _tensor(module: nn.Module, name: str) -> torch.Tensor:
+def _times(tensor: torch.Tensor, factor: float) -> torch.Tensor:
+    return tensor if factor == 1.0 else tensor * factor
+
+
+def _tensor(module: nn.Module | None, name: str) -> torch.Tensor:
     tensor = getattr(module, name)
     assert isinstance(tensor, torch.Tensor)
     return tensor
@@ -195,3 +240,24 @@ def _bias(module: nn.Module) -> torch.Tensor:
     weight = matrix(module)
     bias = getattr(module, "bias", None)
     return weight.new_zeros(weight.shape[1]) if bias is None else bias
+
+
+def _norm_weight(norm: nn.Module, size: int, offset: float) -> torch.Tensor:
+    """Return what a norm multiplies with, ones where it has no weight."""
+    weight = getattr(norm, "weight", None)
+    if weight is None:
+        return torch.ones(size)
+    return weight if offset == 0 else weight.float() + offset
+
+
+def _norm_bias(norm: nn.Module, size: int) -> torch.Tensor:
+    """Return what a norm adds, zeros where it has no bias."""
+    bias = getattr(norm, "bias", None)
+    if bias is not None:
+        return bias
+    weight = getattr(norm, "weight", None)
+    return torch.zeros(size) if weight is None else torch.zeros_like(weight)
+
+
+def _stacked(read: Callable[..., torch.Tensor], norms: list[nn.Module], *args: float) -> torch.Tensor:
+    return torch.stack([read(norm, *args) for norm in norms])

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from actpipe.errors import IncompleteStoreError, UnknownHookError, did_you_mean
-from actpipe.hooks import ModelShape
+from actpipe.hooks import BlockShape, ModelShape
 from actpipe.planning import count_parts
 from actpipe.schemas.manifest import ArrayManifest, StoreManifest
 from actpipe.stores.dtypes import numpy_dtype
@@ -198,7 +198,9 @@ class ActivationStore:
     @property
     def shape(self) -> ModelShape:
         """Sizes of the model that it came from."""
-        return ModelShape(**self.manifest.shape.model_dump())
+        recorded = self.manifest.shape.model_dump()
+        blocks = tuple(BlockShape(**block) for block in recorded.pop("blocks"))
+        return ModelShape(**recorded, blocks=blocks)
 
     @property
     def n_rows(self) -> int:

@@ -106,7 +106,7 @@ def test_check_proves_the_hooks_of_a_model():
     result = actpipe("check", INDUCTION)
 
     assert result.returncode == 0
-    assert "all 23 identities hold; 22 of 22 kinds of hook points proven" in result.stdout
+    assert "all 29 identities hold; 28 of 28 kinds of hook points proven" in result.stdout
 
 
 def test_check_exits_with_1_where_an_identity_fails(tmp_path):
@@ -115,7 +115,7 @@ def test_check_exits_with_1_where_an_identity_fails(tmp_path):
         "import sys\n"
         "from actpipe.models import taps\n"
         "right = taps._read_z\n"
-        "taps._read_z = lambda tensor, shape: right(tensor, shape) * 1.5\n"
+        "taps._read_z = lambda tensor, n_heads: right(tensor, n_heads) * 1.5\n"
         f"sys.argv = ['actpipe', 'check', {str(INDUCTION)!r}]\n"
         "from actpipe.cli import main\n"
         "main()\n"

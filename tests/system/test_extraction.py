@@ -204,9 +204,7 @@ def test_masked_scores_stay_infinite_in_float16_and_count_as_no_overflow(id_corp
 def test_a_hook_that_contradicts_the_model_is_refused_and_nothing_is_stored(id_corpus, tmp_path, monkeypatch):
     from actpipe.models import taps
 
-    monkeypatch.setattr(
-        taps, "_read_z", lambda tensor, shape: tensor.reshape(*tensor.shape[:-1], shape.n_heads, -1) * 2
-    )
+    monkeypatch.setattr(taps, "_read_z", lambda tensor, n_heads: tensor.reshape(*tensor.shape[:-1], n_heads, -1) * 2)
 
     with pytest.raises(IdentityError, match=r"blocks\.0\.attn\.hook_z of this llama model is not stored.*in layer"):
         run(documents_recipe(id_corpus, hooks=["blocks.*.attn.hook_z"]), tmp_path / "run")
@@ -216,9 +214,7 @@ def test_a_hook_that_contradicts_the_model_is_refused_and_nothing_is_stored(id_c
 def test_a_hook_beside_the_wrong_one_is_still_stored(id_corpus, tmp_path, monkeypatch):
     from actpipe.models import taps
 
-    monkeypatch.setattr(
-        taps, "_read_z", lambda tensor, shape: tensor.reshape(*tensor.shape[:-1], shape.n_heads, -1) * 2
-    )
+    monkeypatch.setattr(taps, "_read_z", lambda tensor, n_heads: tensor.reshape(*tensor.shape[:-1], n_heads, -1) * 2)
     run(documents_recipe(id_corpus, hooks=["blocks.*.mlp.hook_pre"]), tmp_path / "run")
 
     assert open_store(tmp_path / "run").hook_names == ("blocks.0.mlp.hook_pre", "blocks.1.mlp.hook_pre")

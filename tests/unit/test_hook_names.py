@@ -5,23 +5,10 @@ from __future__ import annotations
 import pytest
 
 from actpipe.errors import UnknownHookError
-from actpipe.hooks import ModelShape, build_catalogue, select_hooks
+from actpipe.hooks import BlockShape, ModelShape, build_catalogue, select_hooks
 
-SHAPE = ModelShape(
-    n_layers=12,
-    d_model=8,
-    n_heads=4,
-    n_kv_heads=2,
-    d_head=2,
-    d_mlp=16,
-    d_vocab=50,
-    n_ctx=32,
-    norm="RMS",
-    learned_positions=False,
-    rotary=True,
-    parallel=False,
-    gated=True,
-)
+BLOCK = BlockShape(n_heads=4, n_kv_heads=2, d_head=2, d_qk=2, d_mlp=16, mlp="gated", rotary=True)
+SHAPE = ModelShape(d_model=8, d_vocab=50, n_ctx=32, norm="RMS", learned_positions=False, blocks=(BLOCK,) * 12)
 CATALOGUE = build_catalogue(SHAPE)
 
 

@@ -14,9 +14,8 @@ from actpipe import HookedModel
 from actpipe.errors import IdentityError, ModelLoadError, RecipeError, UnknownHookError, UnsupportedModelError
 from actpipe.models import taps
 from actpipe.models.capture import Capture
-from actpipe.models.families import all_families
 from actpipe.models.hooked_model import ModelSpec
-from actpipe.models.identities import check_identities, probe_ids
+from actpipe.models.identities import probe_ids
 from actpipe.models.loading import ModelSource
 
 FAMILIES = ["gpt2", "llama", "gpt_neox"]
@@ -25,45 +24,6 @@ FAMILIES = ["gpt2", "llama", "gpt_neox"]
 @pytest.fixture(params=FAMILIES)
 def model(request):
     return HookedModel.from_pretrained(str(MODELS / request.param), dtype="float32", device="cpu")
-
-
-def test_every_identity_holds_and_every_hook_point_is_proven(model):
-    outcomes = check_identities(model, probe_ids(model))
-
-    assert [outcome for outcome in outcomes if not outcome.holds] == []
-    proven = {kind for outcome in outcomes for kind in outcome.kinds}
-    assert {point.kind for point in model.hook_points.values()} <= proven
-
-
-# Each hook point made wrong on purpose, by a little: a fiftieth more, or one position off.
-WRONG = {
-    "larger": lambda tensor: tensor * 1.02,
-    "shifted": lambda tensor: tensor.roll(1, dims=1),
-}
-
-
-@pytest.mark.parametrize("how", sorted(WRONG))
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_hook_made_wrong_on_purpose_fails_an_identity(family, how, monkeypatch):
-    model = HookedModel.from_pretrained(str(MODELS / family), dtype="float32", device="cpu")
-    kinds = sorted({point.kind for point in model.hook_points.values()})
-    deliver = Capture._deliver
-    missed = []
-    for kind in kinds:
-
-        def twisted(self, places, value, kind=kind):
-            def twist(tap):
-                point = model.hook_points.get(tap.name)
-                if point is None or point.kind != kind:
-                    return tap
-                return taps.Tap(tap.name, tap.module, tap.side, lambda v, read=tap.read: WRONG[how](read(v)))
-
-            deliver(self, [twist(tap) for tap in places], value)
-
-        monkeypatch.setattr(Capture, "_deliver", twisted)
-        if all(outcome.holds for outcome in check_identities(model, probe_ids(model))):
-            missed.append(kind)
-    assert missed == []
 
 
 def test_asking_for_everything_changes_no_logit(model):
@@ -125,14 +85,19 @@ def test_an_unknown_name_is_refused(model):
 
 
 def test_a_tensor_argument_that_attention_does_not_know_is_refused():
-    from actpipe.models.attention import observe, observed_attention
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    module = torch.nn.Linear(2, 2)
-    observe(module, lambda call: None)
+    from actpipe.models.attention import interface_watched, observe
+
+    module, seen = torch.nn.Linear(2, 2), []
+    observe(module, seen.append)
     q = torch.zeros(1, 1, 3, 2)
-    with pytest.raises(UnsupportedModelError, match="passes s_aux to its attention function"):
-        observed_attention(module, q, q, q, None, s_aux=torch.zeros(1))
-    observed_attention(module, q, q, q, None, position_ids=torch.zeros(1))
+    with interface_watched():
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface("sdpa", None)
+        with pytest.raises(UnsupportedModelError, match="passes indices to its attention function"):
+            attend(module, q, q, q, None, indices=torch.zeros(1))
+        attend(module, q, q, q, None, position_ids=torch.zeros(1))
+    assert len(seen) == 1
 
 
 def test_a_hook_that_never_comes_by_is_an_error(model):
@@ -162,7 +127,7 @@ class TestWeights:
         assert weights.W_in.shape == (layers, d_model, shape.d_mlp)
         assert weights.W_out.shape == (layers, shape.d_mlp, d_model)
         assert weights.b_in.shape == (layers, shape.d_mlp)
-        if shape.gated:
+        if shape.blocks[0].mlp == "gated":
             assert weights.W_gate.shape == weights.W_in.shape
         if shape.learned_positions:
             assert weights.W_pos.shape == (shape.n_ctx, d_model)
@@ -178,13 +143,13 @@ class TestWeights:
 class TestLoading:
     def test_a_mistyped_folder_names_the_nearest(self):
         with pytest.raises(ModelLoadError, match=r"does not exist; did you mean '.*/gpt_neox'"):
-            HookedModel.from_pretrained(str(MODELS / "gpt_neo"))
+            HookedModel.from_pretrained(str(MODELS / "gpt_neoxx"))
 
     def test_an_architecture_without_an_entry_is_refused(self, tmp_path):
-        from transformers import GPTJConfig
+        from transformers import RwkvConfig
 
-        GPTJConfig(n_embd=8, n_layer=1, n_head=2, vocab_size=50, rotary_dim=4).save_pretrained(tmp_path)
-        with pytest.raises(UnsupportedModelError, match="'gptj' model are; there are entries for gpt2"):
+        RwkvConfig(hidden_size=8, num_hidden_layers=1, vocab_size=50).save_pretrained(tmp_path)
+        with pytest.raises(UnsupportedModelError, match="'rwkv' model are; there are entries for bloom"):
             ModelSpec(ModelSource(str(tmp_path)))
 
     def test_code_that_comes_with_a_model_is_not_run(self, tmp_path):
@@ -227,35 +192,6 @@ class TestLoading:
             assert spec.shape == model.shape
             assert list(spec.hook_points) == list(model.hook_points)
             assert spec.n_parameters == sum(p.numel() for p in model.native.parameters())
-
-    def test_layers_that_share_llamas_layout_have_entries(self):
-        assert {"gpt2", "llama", "mistral", "qwen2", "gpt_neox"} <= set(all_families())
-
-
-@pytest.mark.parametrize("model_type", ["mistral", "qwen2"])
-def test_families_that_share_llamas_layout_satisfy_the_identities(model_type, tmp_path):
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = AutoConfig.for_model(model_type, vocab_size=99, num_key_value_heads=2, **sizes, sliding_window=6)
-    if model_type == "qwen2":
-        config.use_sliding_window, config.max_window_layers = False, 2
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    model = HookedModel.from_pretrained(str(tmp_path), dtype="float32", device="cpu")
-
-    assert [o for o in check_identities(model, probe_ids(model)) if not o.holds] == []
-
-
-def test_a_neox_model_without_parallel_blocks_has_a_middle():
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(MODELS / "gpt_neox", use_parallel_residual=False)
-    torch.manual_seed(0)
-    model = HookedModel(AutoModelForCausalLM.from_config(config).eval(), ModelSource(str(MODELS / "gpt_neox")))
-
-    assert "blocks.0.hook_resid_mid" in model.hook_points
-    assert [o for o in check_identities(model, probe_ids(model)) if not o.holds] == []
 
 
 def test_the_trained_model_is_what_its_description_says():

@@ -12,13 +12,15 @@ import numpy as np
 import pytest
 import tensorstore
 import zarr
-from actpipe.schemas.manifest import ArrayManifest, ModelIdentity, ShapeRecord, StoreManifest
+from actpipe.schemas.manifest import ArrayManifest, ModelIdentity, StoreManifest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import TEXTS, make_recipe, run
 
 from actpipe import open_results, open_store
 from actpipe.errors import IncompleteStoreError, StoreMismatchError, UnknownHookError
+from actpipe.extraction.layout import record_shape
+from actpipe.hooks import BlockShape, ModelShape
 from actpipe.planning import plan_parts
 from actpipe.stores.layout import RunFolder
 from actpipe.stores.reading import ActivationStore
@@ -198,6 +200,9 @@ class TestVerifying:
         assert problem.startswith("sequences.parquet: checksum")
 
 
+BLOCK = BlockShape(n_heads=1, n_kv_heads=1, d_head=3, d_qk=3, d_mlp=3, mlp="plain")
+
+
 def manifest(n_rows: int, rows_per_part: int, dtype: str) -> StoreManifest:
     return StoreManifest(
         corpus="main",
@@ -205,20 +210,8 @@ def manifest(n_rows: int, rows_per_part: int, dtype: str) -> StoreManifest:
         rows_per_part=rows_per_part,
         context_length=8,
         model=ModelIdentity(name="m", revision=None, family="f", fingerprint="0" * 64, dtype="float32"),
-        shape=ShapeRecord(
-            n_layers=1,
-            d_model=3,
-            n_heads=1,
-            n_kv_heads=1,
-            d_head=3,
-            d_mlp=3,
-            d_vocab=3,
-            n_ctx=8,
-            norm="LN",
-            learned_positions=True,
-            rotary=False,
-            parallel=False,
-            gated=False,
+        shape=record_shape(
+            ModelShape(d_model=3, d_vocab=3, n_ctx=8, norm="LN", learned_positions=True, blocks=(BLOCK,))
         ),
         arrays=(
             ArrayManifest(path="activations/x", dtype=dtype, row_shape=(3, 2), axes=("row", "a", "b")),

@@ -2,30 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-Layout = Literal["whole", "columns", "per_head"]
-"""How a projection's output is cut into heads.
+Layout = Literal["whole", "columns", "grouped", "codegen", "first_half", "second_half"]
+"""Which part of a module's output a projection is.
 
-`whole`: the module computes this one projection, heads in order.
+`whole`: all of it, heads in order.
 `columns`: one module computes all q heads, then all k heads, then all v heads (GPT-2).
-`per_head`: one module computes q, k, v of head 0, then of head 1, and so on (GPT-NeoX).
+`grouped`: one module computes, for each key head, the q heads that share it, then k, then v (GPT-NeoX, Falcon).
+`codegen`: in four blocks, each with a quarter of the q heads, then of the v heads, then of the k heads.
+`first_half`, `second_half`: one module computes both branches of a gated MLP (Phi-3).
 """
+
+Config = Any
+"""A transformers configuration."""
+Paths = str | tuple[str, ...]
+"""A path inside the block; of several, the first that the block has."""
 
 
 @dataclass(frozen=True)
 class Projection:
-    """Where queries, keys or values come from."""
+    """Where queries, keys, values or neurons come from."""
 
     module: str
     """Path inside the block."""
-    layout: Layout = "whole"
+    layout: Layout | Callable[[Config], Layout] = "whole"
+
+    def layout_in(self, config: Config) -> Layout:
+        """Return the layout that this configuration asks for."""
+        return self.layout(config) if callable(self.layout) else self.layout
+
+
+def fused(module: str, layout: Layout | Callable[[Config], Layout]) -> dict[str, Any]:
+    """Return the entries of q, k and v for one module that computes all three."""
+    return {which: Projection(module, layout) for which in ("q", "k", "v")}
 
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture. Paths of `blocks`, `embed`, `pos_embed` and `final_norm` start at the base model."""
+    """One architecture. Paths of `blocks`, `embed`, `pos_embed` and the norms beside them start at the base model."""
 
     name: str
     model_types: tuple[str, ...]
@@ -34,21 +51,129 @@ class Family:
     embed: str
     blocks: str
     final_norm: str
-    ln1: str
+    ln1: Paths | None
     attention: str
-    q: Projection
-    k: Projection
-    v: Projection
+    """The module that runs attention; where it adds the residual stream itself, see `attn_out`."""
+    q: Projection | None
+    """None where queries and keys are put together from latent vectors."""
+    k: Projection | None
+    v: Projection | None
     out: str
-    ln2: str
+    """The projection whose weight is W_O."""
+    ln2: Paths | None
+    """The norm before the MLP; in some parallel blocks the same module as `ln1`."""
     mlp: str
-    w_in: str
+    """The module that runs the MLP; where it adds the residual stream itself, its last projection."""
+    w_in: Projection
     w_out: str
-    w_gate: str | None = None
+    w_gate: Projection | None = None
+    router: str | None = None
+    """The module that scores experts, in those blocks that have it."""
+    router_scores: Literal["softmax", "sigmoid"] = "softmax"
+
+    embed_norm: str | None = None
+    """Norm between the embedding and the first block."""
     pos_embed: str | None = None
-    """Module of the learned position embedding, where there is one."""
-    rotary: bool = False
-    parallel: bool | str = False
-    """True where attention and MLP both read the block's input; a text names the configuration's flag for it."""
+    """Module of the position embedding that is added, where there is one."""
+    pos_embed_offset: int = 0
+    """Rows of its table before position 0."""
+    ln1_post: str | None = None
+    ln2_post: str | None = None
+    attn_out: str | None = None
+    """The module whose output attention adds to the stream, where it is not `attention` or `ln1_post`."""
+    q_norm: str | None = None
+    k_norm: str | None = None
+    """Norms of queries and keys before rotary, in those blocks that have them."""
+    qk_norm: Literal["LN", "RMS"] = "RMS"
+    qk_norm_input: Literal["positions_first", "heads_first", "all_heads"] = "positions_first"
+    """Axes of what the norms take: `(position, head, d)`, `(head, position, d)` or `(position, head * d)`."""
+    sinks: str | None = None
+    """Parameter inside the block: one more score per head, of a key that has no value."""
+
+    norm_offset: float = 0.0
+    """What is added to a norm's weight before it multiplies (Gemma: 1)."""
+    norm_epsilon: float | None = None
+    """Where the module does not say it."""
+    rotary: bool | Callable[[Config], bool] = False
+    alibi: bool | Callable[[Config], bool] = False
+    parallel: bool | Callable[[Config], bool] = False
+    """Whether attention and MLP both read the block's input."""
+    flat_mlp: bool = False
+    """Whether the MLP sees batch and positions as one axis."""
+    sees_attention_by: Literal["interface", "softmax"] = "interface"
+    """Whether attention goes through transformers' attention interface, or by code of the model's own."""
+    n_kv_heads: Callable[[Config], int] = lambda config: getattr(config, "num_key_value_heads", None) or n_heads(config)
+    embed_scale: Callable[[Config], float] = lambda _: 1.0
+    """What the token embedding is multiplied with."""
+    branch_scale: Callable[[Config], float] = lambda _: 1.0
+    """What attention's and the MLP's outputs are multiplied with before they are added."""
+    logit_scale: Callable[[Config], float] = lambda _: 1.0
+    """What the unembedding's output is multiplied with."""
     default_prepend_bos: bool = True
     """TransformerLens' `default_prepend_bos`."""
+
+    def is_rotary(self, config: Config) -> bool:
+        """Whether queries and keys are rotated by their position."""
+        return self.rotary(config) if callable(self.rotary) else self.rotary
+
+    def is_alibi(self, config: Config) -> bool:
+        """Whether scores are lowered by distance."""
+        return self.alibi(config) if callable(self.alibi) else self.alibi
+
+    def is_parallel(self, config: Config) -> bool:
+        """Whether attention and MLP both read the block's input."""
+        return self.parallel(config) if callable(self.parallel) else self.parallel
+
+
+def n_heads(config: Config) -> int:
+    """Return the number of attention heads that a configuration asks for."""
+    return int(config.num_attention_heads)
+
+
+def gpt_layout(name: str, *model_types: str, **differences: Any) -> Family:
+    """Return an entry laid out as GPT-2's descendants are, but for the differences."""
+    return Family(
+        **{
+            "name": name,
+            "model_types": model_types,
+            "norm": "LN",
+            "embed": "wte",
+            "blocks": "h",
+            "final_norm": "ln_f",
+            "ln1": "ln_1",
+            "attention": "attn",
+            "out": "attn.c_proj",
+            "ln2": "ln_2",
+            "mlp": "mlp",
+            "w_in": Projection("mlp.c_fc"),
+            "w_out": "mlp.c_proj",
+            **differences,
+        }
+    )
+
+
+def llama_layout(name: str, *model_types: str, **differences: Any) -> Family:
+    """Return an entry laid out as Llama is, but for the differences."""
+    return Family(
+        **{
+            "name": name,
+            "model_types": model_types,
+            "norm": "RMS",
+            "embed": "embed_tokens",
+            "blocks": "layers",
+            "final_norm": "norm",
+            "ln1": "input_layernorm",
+            "attention": "self_attn",
+            "q": Projection("self_attn.q_proj"),
+            "k": Projection("self_attn.k_proj"),
+            "v": Projection("self_attn.v_proj"),
+            "out": "self_attn.o_proj",
+            "ln2": "post_attention_layernorm",
+            "mlp": "mlp",
+            "w_in": Projection("mlp.up_proj"),
+            "w_gate": Projection("mlp.gate_proj"),
+            "w_out": "mlp.down_proj",
+            "rotary": True,
+            **differences,
+        }
+    )

@@ -1,25 +1,14 @@
-"""GPT-2: LayerNorm, learned positions, q, k and v in one Conv1D."""
+"""GPT-2 and GPT-BigCode (SantaCoder, StarCoder): LayerNorm, learned positions, q, k and v in one module."""
 
-from actpipe.models.families.entry import Family, Projection
+from actpipe.models.families.entry import fused, gpt_layout, n_heads
 
 FAMILIES = (
-    Family(
-        name="gpt2",
-        model_types=("gpt2",),
-        norm="LN",
-        embed="wte",
+    gpt_layout("gpt2", "gpt2", pos_embed="wpe", **fused("attn.c_attn", "columns")),
+    gpt_layout(
+        "gpt_bigcode",
+        "gpt_bigcode",
         pos_embed="wpe",
-        blocks="h",
-        final_norm="ln_f",
-        ln1="ln_1",
-        attention="attn",
-        q=Projection("attn.c_attn", "columns"),
-        k=Projection("attn.c_attn", "columns"),
-        v=Projection("attn.c_attn", "columns"),
-        out="attn.c_proj",
-        ln2="ln_2",
-        mlp="mlp",
-        w_in="mlp.c_fc",
-        w_out="mlp.c_proj",
+        n_kv_heads=lambda config: 1 if config.multi_query else n_heads(config),
+        **fused("attn.c_attn", lambda config: "columns" if config.multi_query else "grouped"),
     ),
 )

@@ -1,6 +1,6 @@
 """GPT-NeoX (Pythia): LayerNorm, partial rotary, parallel blocks, q, k and v interleaved by head."""
 
-from actpipe.models.families.entry import Family, Projection
+from actpipe.models.families.entry import Family, Projection, fused
 
 FAMILIES = (
     Family(
@@ -12,15 +12,13 @@ FAMILIES = (
         final_norm="final_layer_norm",
         ln1="input_layernorm",
         attention="attention",
-        q=Projection("attention.query_key_value", "per_head"),
-        k=Projection("attention.query_key_value", "per_head"),
-        v=Projection("attention.query_key_value", "per_head"),
+        **fused("attention.query_key_value", "grouped"),
         out="attention.dense",
         ln2="post_attention_layernorm",
         mlp="mlp",
-        w_in="mlp.dense_h_to_4h",
+        w_in=Projection("mlp.dense_h_to_4h"),
         w_out="mlp.dense_4h_to_h",
         rotary=True,
-        parallel="use_parallel_residual",
+        parallel=lambda config: config.use_parallel_residual,
     ),
 )

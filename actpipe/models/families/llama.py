@@ -1,34 +1,17 @@
 """Llama and what shares its layout: RMSNorm, rotary, grouped queries, gated MLP."""
 
-from actpipe.models.families.entry import Family, Projection
+from actpipe.models.families.entry import llama_layout
 
-
-def _llama_like(name: str, *model_types: str, default_prepend_bos: bool = True) -> Family:
-    return Family(
-        name=name,
-        model_types=model_types,
-        norm="RMS",
-        embed="embed_tokens",
-        blocks="layers",
-        final_norm="norm",
-        ln1="input_layernorm",
-        attention="self_attn",
-        q=Projection("self_attn.q_proj"),
-        k=Projection("self_attn.k_proj"),
-        v=Projection("self_attn.v_proj"),
-        out="self_attn.o_proj",
-        ln2="post_attention_layernorm",
-        mlp="mlp",
-        w_in="mlp.up_proj",
-        w_gate="mlp.gate_proj",
-        w_out="mlp.down_proj",
-        rotary=True,
-        default_prepend_bos=default_prepend_bos,
-    )
-
+_QK_NORM = {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
 
 FAMILIES = (
-    _llama_like("llama", "llama"),
-    _llama_like("mistral", "mistral"),
-    _llama_like("qwen2", "qwen2", default_prepend_bos=False),
+    llama_layout("llama", "llama"),
+    llama_layout("mistral", "mistral"),
+    llama_layout("mixtral", "mixtral", router="mlp.gate"),
+    llama_layout("smollm3", "smollm3"),
+    llama_layout("qwen2", "qwen2", default_prepend_bos=False),
+    llama_layout("qwen2_moe", "qwen2_moe", router="mlp.gate", default_prepend_bos=False),
+    llama_layout("qwen3", "qwen3", default_prepend_bos=False, **_QK_NORM),
+    llama_layout("qwen3_moe", "qwen3_moe", router="mlp.gate", default_prepend_bos=False, **_QK_NORM),
+    llama_layout("gpt_oss", "gpt_oss", router="mlp.router", sinks="self_attn.sinks"),
 )
