@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from actpipe.hooks import HookName, HookPoint, ModelShape, build_catalogue, select_hooks
 from actpipe.models.anatomy import Anatomy, find_anatomy
 from actpipe.models.capture import Capture, Sink
+from actpipe.models.conventions import Convention, Processed
 from actpipe.models.loading import (
     ModelSource,
     compute_dtype,
@@ -23,7 +24,7 @@ from actpipe.models.loading import (
     load_skeleton,
     load_tokenizer,
 )
-from actpipe.models.taps import UNEMBED_INPUT, tap_for, unembed_input_tap
+from actpipe.models.taps import UNEMBED_INPUT, Tap, tap_for, unembed_input_tap
 from actpipe.models.weights import Weights
 from actpipe.schemas.manifest import ModelIdentity
 
@@ -71,15 +72,24 @@ class ModelSpec:
 
 
 class HookedModel:
-    """A causal language model of transformers, run as it is, read by TransformerLens' names."""
+    """A causal language model of transformers, run as it is, read by TransformerLens' names.
 
-    def __init__(self, native: PreTrainedModel, source: ModelSource) -> None:
+    Args:
+        native: The model.
+        source: Where it came from.
+        convention: `native` for its own activations; `processed` for those that it would have with
+            folded norms and centred weights, as `HookedTransformer.from_pretrained` gives them by default.
+    """
+
+    def __init__(self, native: PreTrainedModel, source: ModelSource, convention: Convention = "native") -> None:
         self.native = native
         self.source = source
         self.anatomy: Anatomy = find_anatomy(native)
         self.shape: ModelShape = self.anatomy.shape
         self.hook_points: dict[str, HookPoint] = build_catalogue(self.shape)
         self.weights = Weights(self.anatomy)
+        self.convention: Convention = convention
+        self._processed = Processed(self.anatomy, self.weights) if convention == "processed" else None
 
     @classmethod
     def from_pretrained(
@@ -91,6 +101,7 @@ class HookedModel:
         device: str = "auto",
         device_map: str | dict[str, int | str] | None = None,
         trust_remote_code: bool = False,
+        convention: Convention = "native",
     ) -> Self:
         """Load a model from the hub or a folder.
 
@@ -101,22 +112,29 @@ class HookedModel:
             device: `cpu`, `cuda`, `cuda:1`; `auto` takes an accelerator where there is one.
             device_map: Spread the model over devices with accelerate, in place of `device`.
             trust_remote_code: Run code that comes with the model.
+            convention: `native`, or `processed` for TransformerLens' default weight processing.
 
         Raises:
             ModelLoadError: There is no such model, or it cannot be read.
             UnsupportedModelError: No entry says where its parts are.
         """
         source = ModelSource(name, revision, trust_remote_code)
-        return cls.from_source(source, dtype=dtype, device=device, device_map=device_map)
+        return cls.from_source(source, dtype=dtype, device=device, device_map=device_map, convention=convention)
 
     @classmethod
     def from_source(
-        cls, source: ModelSource, *, dtype: str, device: str, device_map: str | dict[str, int | str] | None
+        cls,
+        source: ModelSource,
+        *,
+        dtype: str,
+        device: str,
+        device_map: str | dict[str, int | str] | None,
+        convention: Convention = "native",
     ) -> Self:
         """Load a model; see `from_pretrained`."""
         find_anatomy(load_skeleton(source, load_config(source)))
         native = load_native(source, dtype=dtype, device=device, device_map=device_map)
-        return cls(native, source)
+        return cls(native, source, convention)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -141,11 +159,15 @@ class HookedModel:
 
     def capture(self, names: Iterable[str], sink: Sink, *, stop: bool) -> Capture:
         """Return hooks for exact names (`UNEMBED_INPUT` too), to be used in a `with` block; see `Capture`."""
-        taps = [
-            unembed_input_tap(self.anatomy) if name == UNEMBED_INPUT else tap_for(self.anatomy, self.hook_points[name])
-            for name in names
-        ]
+        taps = [self._tap(name) for name in names]
         return Capture(self.anatomy, taps, sink, stop=stop)
+
+    def _tap(self, name: str) -> Tap:
+        if name == UNEMBED_INPUT:
+            return unembed_input_tap(self.anatomy)
+        point = self.hook_points[name]
+        tap = tap_for(self.anatomy, point)
+        return tap if self._processed is None else self._processed.tap(tap, point)
 
     def run_with_cache(
         self,
@@ -182,14 +204,16 @@ class HookedModel:
         for name in selected:
             if self.hook_points[name].looks_at_keys:
                 cache[name] = cache[name].transpose(1, 2)
-        return output.logits, cache
+        return self._conventional(output.logits), cache
+
+    def _conventional(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits if self._processed is None else self._processed.logits(logits)
 
     def forward(self, input_ids: InputIds, attention_mask: InputIds | None = None) -> torch.Tensor:
         """Return the logits `(batch, position, d_vocab)`, as the bare model computes them."""
         with torch.no_grad():
             output = self.native(use_cache=False, **self._inputs(input_ids, attention_mask))
-        logits: torch.Tensor = output.logits
-        return logits
+        return self._conventional(output.logits)
 
     def unembed(self, normalized: torch.Tensor) -> torch.Tensor:
         """Return the logits of final-norm outputs `(..., d_model)`, as the model's head computes them."""

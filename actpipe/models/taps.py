@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -219,6 +219,14 @@ def _norm_tap(anatomy: Anatomy, name: str, norm: nn.Module, *, flat: bool = Fals
     read = _norm_scale if name.endswith("hook_scale") else _divided
     epsilon = norm_epsilon(norm, anatomy.family.norm_epsilon)
     return Tap(name, norm, "input", partial(read, kind=kind, epsilon=epsilon), flat)
+
+
+def tap_before_affine(anatomy: Anatomy, tap: Tap) -> Tap:
+    """Return the tap of a norm's `hook_normalized` before weight and bias; that of an RMSNorm is so already."""
+    if tap.side == "input":
+        return tap
+    epsilon = norm_epsilon(tap.module, anatomy.family.norm_epsilon)
+    return replace(tap, side="input", read=partial(_divided, kind="LN", epsilon=epsilon))
 
 
 def _norm_scale(tensor: torch.Tensor, kind: Literal["LN", "RMS"], epsilon: float) -> torch.Tensor:

@@ -49,6 +49,22 @@ class Weights:
             raise UnknownHookError(f"this model has no weight {name!r}{did_you_mean(key, getters)}")
         return getters[key]().detach()
 
+    def names(self) -> list[str]:
+        """Return the names of all weights, as a state dict of TransformerLens has them.
+
+        Keys and values that several queries share are there once, under `_W_K`, `_W_V`, `_b_K` and `_b_V`.
+        """
+        found = list(self._outside_blocks())
+        for layer in range(self._shape.n_layers):
+            getters = self._of_block(layer)
+            shared = {name.replace("._", ".") for name in getters if "._" in name}
+            found += [f"blocks.{layer}.{name}" for name in getters if name not in shared]
+        return found
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Return all weights by name, as `actpipe.models.processing` takes them; see `names`."""
+        return {name: self[name] for name in self.names()}
+
     def _outside_blocks(self) -> dict[str, Callable[[], torch.Tensor]]:
         anatomy, config = self._anatomy, self._anatomy.native.config
         embed_scale, logit_scale = float(anatomy.family.embed_scale(config)), anatomy.logit_scale
@@ -67,23 +83,11 @@ class Weights:
 
     def _of_block(self, layer: int) -> dict[str, Callable[[], torch.Tensor]]:
         anatomy, family, block = self._anatomy, self._anatomy.family, self._shape.blocks[layer]
-        out, scale = anatomy.part(layer, family.out), anatomy.branch_scale
-        getters: dict[str, Callable[[], torch.Tensor]] = {
-            "attn.W_O": lambda: _times(rearrange(matrix(out), "(h d) m -> h d m", h=block.n_heads), scale),
-            "attn.b_O": lambda: _times(_bias(out), scale),
-        }
+        scale = anatomy.branch_scale
+        getters = self._attention(layer)
         for name in ("ln1", "ln2", "ln1_post", "ln2_post"):
             if getattr(block, name):
                 getters |= self._norm(name, anatomy.part(layer, getattr(family, name)))
-        if block.projections:
-            for which in ("q", "k", "v"):
-                getters[f"attn.W_{which.upper()}"] = partial(self._heads, layer, which, "weight")
-                getters[f"attn.b_{which.upper()}"] = partial(self._heads, layer, which, "bias")
-        if block.qk_norm != "none":
-            getters |= self._qk_norms(layer)
-        if family.sinks is not None:
-            read_sinks = operator.attrgetter(family.sinks)
-            getters["attn.sinks"] = lambda: read_sinks(anatomy.blocks[layer])
         if block.mlp in ("plain", "gated"):
             w_out = anatomy.part(layer, family.w_out)
             getters |= self._branch("in", layer, family.w_in)
@@ -95,6 +99,27 @@ class Weights:
             router = anatomy.part(layer, family.router or "")
             getters["mlp.W_router"] = lambda: matrix(router)
             getters["mlp.b_router"] = lambda: _bias(router)
+        return getters
+
+    def _attention(self, layer: int) -> dict[str, Callable[[], torch.Tensor]]:
+        anatomy, family, block = self._anatomy, self._anatomy.family, self._shape.blocks[layer]
+        out, scale = anatomy.part(layer, family.out), anatomy.branch_scale
+        getters: dict[str, Callable[[], torch.Tensor]] = {
+            "attn.W_O": lambda: _times(rearrange(matrix(out), "(h d) m -> h d m", h=block.n_heads), scale),
+            "attn.b_O": lambda: _times(_bias(out), scale),
+        }
+        if block.projections:
+            for which in ("q", "k", "v"):
+                getters[f"attn.W_{which.upper()}"] = partial(self._heads, layer, which, "weight")
+                getters[f"attn.b_{which.upper()}"] = partial(self._heads, layer, which, "bias")
+                if which != "q" and block.n_kv_heads != block.n_heads:
+                    getters[f"attn._W_{which.upper()}"] = partial(self._heads, layer, which, "weight", repeat=False)
+                    getters[f"attn._b_{which.upper()}"] = partial(self._heads, layer, which, "bias", repeat=False)
+        if block.qk_norm != "none":
+            getters |= self._qk_norms(layer)
+        if family.sinks is not None:
+            read_sinks = operator.attrgetter(family.sinks)
+            getters["attn.sinks"] = lambda: read_sinks(anatomy.blocks[layer])
         return getters
 
     def _branch(self, name: str, layer: int, projection: Projection) -> dict[str, Callable[[], torch.Tensor]]:
@@ -127,14 +152,14 @@ class Weights:
                 getters[f"attn.{which}.b"] = partial(_stacked, _norm_bias, leaves, block.d_qk)
         return getters
 
-    def _heads(self, layer: int, which: Part, what: str) -> torch.Tensor:
+    def _heads(self, layer: int, which: Part, what: str, *, repeat: bool = True) -> torch.Tensor:
         """Return `(head, d_model, d_head)` or `(head, d_head)`; grouped keys and values are repeated, as there."""
         projection = getattr(self._anatomy.family, which)
         module, block = self._anatomy.part(layer, projection.module), self._shape.blocks[layer]
         fused = matrix(module) if what == "weight" else _bias(module)
         heads = split_heads(fused, projection.layout_in(self._anatomy.native.config), which, block)
         heads = heads.transpose(0, 1) if what == "weight" else heads
-        return heads.repeat_interleave(block.n_heads // heads.shape[0], dim=0)
+        return heads.repeat_interleave(block.n_heads // heads.shape[0], dim=0) if repeat else heads
 
     def _stack(self, kind: str) -> torch.Tensor:
         return torch.stack([self[f"blocks.{layer}.{kind}"] for layer in range(self._shape.n_layers)])
