@@ -44,6 +44,16 @@ class BlockShape:
     ln2_post: bool = False
     qk_norm: Literal["none", "head", "all"] = "none"
     """`head`: over each head's vector; `all`: over all heads together."""
+    attention: bool = True
+    """Whether queries, keys and a pattern are seen."""
+    z: bool = True
+    """Whether one projection mixes the heads into what attention puts out."""
+    gated_z: bool = False
+    """Whether something stands between the mixed values and that projection."""
+    branches: tuple[str, ...] = ("hook_attn_out", "hook_mlp_out")
+    """What is added to the stream, in order; none where the block does something else to it."""
+    others: tuple[tuple[str, int], ...] = ()
+    """More outputs of modules by name, with their lengths."""
 
     def axis_size(self, axis: Axis) -> int:
         """Return the length of an axis that belongs to the block."""
@@ -57,6 +67,7 @@ class BlockShape:
             "choice": self.n_experts_per_token,
             "q_all": self.n_heads * self.d_qk,
             "k_all": self.n_kv_heads * self.d_qk,
+            **{f"d_{kind}": size for kind, size in self.others},
         }
         return sizes[axis]
 
@@ -72,9 +83,12 @@ class ModelShape:
     learned_positions: bool
     """Whether a position embedding is added to the token embedding."""
     blocks: tuple[BlockShape, ...]
+    final_norm: bool = True
     embed_norm: bool = False
     """Whether the embedding passes a norm of its own before the first block."""
     logit_softcap: float | None = None
+    withheld: tuple[str, ...] = ()
+    """Kinds of hook points that are not offered, as no identity proves them."""
 
     @property
     def n_layers(self) -> int:
@@ -154,8 +168,9 @@ def build_catalogue(shape: ModelShape) -> dict[str, HookPoint]:
         points.append(HookPoint("hook_pos_embed", ("d_model",), None, "position embedding"))
     for layer, block in enumerate(shape.blocks):
         points.extend(_block_points(block, layer))
-    points.extend(_norm_points("ln_final", None, "final norm"))
-    return {point.name: point for point in points}
+    if shape.final_norm:
+        points.extend(_norm_points("ln_final", None, "final norm"))
+    return {point.name: point for point in points if point.kind not in shape.withheld}
 
 
 def _block_points(block: BlockShape, layer: int) -> Iterator[HookPoint]:
@@ -164,29 +179,47 @@ def _block_points(block: BlockShape, layer: int) -> Iterator[HookPoint]:
     def point(kind: str, axes: tuple[Axis, ...], meaning: str, on_request: str = "") -> HookPoint:
         return HookPoint(prefix + kind, axes, layer, meaning, on_request=on_request)
 
-    second_input = "hook_resid_pre" if block.parallel else "hook_resid_mid"
     yield point("hook_resid_pre", ("d_model",), "residual stream entering the block")
-    copies: dict[str, Axis] = {"hook_q_input": "head", "hook_k_input": "kv_head", "hook_v_input": "kv_head"}
-    if block.n_heads == block.n_kv_heads:
-        copies = {"hook_attn_in": "head", **copies}
-    for kind, axis in copies.items():
-        yield point(kind, (axis, "d_model"), "the block's input, once for each head", f"{prefix}hook_resid_pre")
+    if block.attention:
+        for kind, axis in _copies(block):
+            yield point(kind, (axis, "d_model"), "the block's input, once for each head", f"{prefix}hook_resid_pre")
     if block.ln1:
         yield from _norm_points(prefix + "ln1", layer, "norm before attention")
-    yield from _attention_points(block, prefix, layer)
+    if block.attention:
+        yield from _attention_points(block, prefix, layer)
+    for kind, _ in block.others:
+        length: Axis = "d_model" if kind in block.branches else f"d_{kind}"
+        yield point(kind, (length,), f"what {kind.removesuffix('.hook_out')} puts out")
     if block.ln1_post:
         yield from _norm_points(prefix + "ln1_post", layer, "norm of what attention puts out")
-    yield point("hook_attn_out", ("d_model",), "what attention adds to the residual stream")
-    if not block.parallel:
-        yield point("hook_resid_mid", ("d_model",), "residual stream between attention and MLP")
-    yield point("hook_mlp_in", ("d_model",), "residual stream that the MLP's norm reads", prefix + second_input)
+    if "hook_attn_out" in block.branches:
+        yield point("hook_attn_out", ("d_model",), "what attention adds to the residual stream")
+    yield from _mlp_side(block, prefix, layer)
+    yield point("hook_resid_post", ("d_model",), "residual stream leaving the block")
+
+
+def _copies(block: BlockShape) -> Iterator[tuple[str, Axis]]:
+    if block.n_heads == block.n_kv_heads:
+        yield "hook_attn_in", "head"
+    yield from {"hook_q_input": "head", "hook_k_input": "kv_head", "hook_v_input": "kv_head"}.items()
+
+
+def _mlp_side(block: BlockShape, prefix: str, layer: int) -> Iterator[HookPoint]:
+    def point(kind: str, meaning: str, on_request: str = "") -> HookPoint:
+        return HookPoint(prefix + kind, ("d_model",), layer, meaning, on_request=on_request)
+
+    second_input = "hook_resid_pre" if block.parallel else "hook_resid_mid"
+    if "hook_mlp_out" in block.branches:
+        if not block.parallel:
+            yield point("hook_resid_mid", "residual stream between attention and MLP")
+        yield point("hook_mlp_in", "residual stream that the MLP's norm reads", prefix + second_input)
     if block.ln2:
         yield from _norm_points(prefix + "ln2", layer, "norm before the MLP")
     yield from _mlp_points(block, prefix, layer)
     if block.ln2_post:
         yield from _norm_points(prefix + "ln2_post", layer, "norm of what the MLP puts out")
-    yield point("hook_mlp_out", ("d_model",), "what the MLP adds to the residual stream")
-    yield point("hook_resid_post", ("d_model",), "residual stream leaving the block")
+    if "hook_mlp_out" in block.branches:
+        yield point("hook_mlp_out", "what the MLP adds to the residual stream")
 
 
 def _attention_points(block: BlockShape, prefix: str, layer: int) -> Iterator[HookPoint]:
@@ -212,6 +245,10 @@ def _attention_points(block: BlockShape, prefix: str, layer: int) -> Iterator[Ho
     pairs = ("head", "key_position")
     yield point("hook_attn_scores", pairs, "scores before softmax, -inf where masked", float32=True)
     yield point("hook_pattern", pairs, "attention of this token to each position", float32=True)
+    if block.gated_z:
+        yield point("hook_z_ungated", ("head", "d_head"), "values mixed by the pattern, before what follows them")
+    if not block.z:
+        return
     yield point("hook_z", ("head", "d_head"), "what W_O multiplies: values mixed by the pattern")
     yield point("hook_result", ("head", "d_model"), "what each head writes: z W_O", on_request=f"{prefix}attn.hook_z")
 

@@ -12,8 +12,7 @@ from transformers import PreTrainedModel
 
 from actpipe.errors import UnsupportedModelError
 from actpipe.hooks import BlockShape, ModelShape
-from actpipe.models.families import family_of
-from actpipe.models.families.entry import Family, Paths, n_heads
+from actpipe.models.families.entry import Family, Paths
 
 
 @dataclass(frozen=True)
@@ -27,10 +26,10 @@ class Anatomy:
     embed_norm: nn.Module | None
     pos_embed: nn.Module | None
     blocks: tuple[nn.Module, ...]
-    final_norm: nn.Module
+    final_norm: nn.Module | None
     unembed: nn.Module
 
-    def part(self, layer: int, paths: Paths) -> nn.Module:
+    def part(self, layer: int, paths: Paths | None) -> nn.Module:
         """Return a module of one block by its path, or by the first of several that the block has."""
         found = find_part(self.blocks[layer], paths)
         if found is None:
@@ -38,28 +37,36 @@ class Anatomy:
         return found
 
     @property
+    def config(self) -> Any:
+        """The configuration of the language model, which may be one part of a larger one."""
+        return self.native.config.get_text_config(decoder=True)
+
+    def entry(self, layer: int) -> Family:
+        """Return what is known of one block."""
+        return self.family.layers[layer] if self.family.layers else self.family
+
+    @property
     def branch_scale(self) -> float:
         """What attention's and the MLP's outputs are multiplied with before they are added."""
-        return float(self.family.branch_scale(self.native.config))
+        return float(self.family.branch_scale(self.config))
 
     @property
     def logit_scale(self) -> float:
         """What the unembedding's output is multiplied with."""
-        return float(self.family.logit_scale(self.native.config))
+        return float(self.family.logit_scale(self.config))
 
     @property
     def alibi(self) -> bool:
         """Whether scores are lowered by distance."""
-        return self.family.is_alibi(self.native.config)
+        return self.family.is_alibi(self.config)
 
 
-def find_anatomy(native: PreTrainedModel) -> Anatomy:
-    """Bind the entry for this model's type to its modules.
+def find_anatomy(native: PreTrainedModel, family: Family) -> Anatomy:
+    """Bind an entry to the modules of a model.
 
     Raises:
-        UnsupportedModelError: No entry for the type, or a path of the entry leads nowhere.
+        UnsupportedModelError: A path of the entry leads nowhere.
     """
-    family = family_of(native.config.model_type)
     try:
         return _bind(family, native)
     except AttributeError as error:
@@ -80,8 +87,11 @@ def find_part(block: nn.Module, paths: Paths | None) -> nn.Module | None:
 
 
 def _bind(family: Family, native: PreTrainedModel) -> Anatomy:
-    base, config = native.base_model, native.config
+    base, config = native.base_model, native.config.get_text_config(decoder=True)
     blocks = tuple(operator.attrgetter(family.blocks)(base))
+    entries = family.layers or (family,) * len(blocks)
+    if len(entries) != len(blocks):
+        raise AttributeError(f"{len(entries)} layers were looked at, and the model has {len(blocks)}")
     unembed = native.get_output_embeddings()
     if unembed is None:
         raise UnsupportedModelError(f"{type(native).__name__} has no unembedding; load a causal language model")
@@ -91,9 +101,11 @@ def _bind(family: Family, native: PreTrainedModel) -> Anatomy:
         n_ctx=_context(config),
         norm=family.norm,
         learned_positions=family.pos_embed is not None,
-        blocks=tuple(_measure(family, config, block) for block in blocks),
+        blocks=tuple(_measure(entry, config, block) for entry, block in zip(entries, blocks, strict=True)),
+        final_norm=family.final_norm is not None,
         embed_norm=family.embed_norm is not None,
         logit_softcap=getattr(config, "final_logit_softcapping", None),
+        withheld=tuple(family.withheld),
     )
     return Anatomy(
         family=family,
@@ -103,7 +115,7 @@ def _bind(family: Family, native: PreTrainedModel) -> Anatomy:
         embed_norm=base.get_submodule(family.embed_norm) if family.embed_norm else None,
         pos_embed=base.get_submodule(family.pos_embed) if family.pos_embed else None,
         blocks=blocks,
-        final_norm=base.get_submodule(family.final_norm),
+        final_norm=base.get_submodule(family.final_norm) if family.final_norm else None,
         unembed=unembed,
     )
 
@@ -117,10 +129,12 @@ def _context(config: Any) -> int:
 
 
 def _measure(family: Family, config: Any, block: nn.Module) -> BlockShape:
-    for path in (family.attention, family.out, family.mlp):
-        block.get_submodule(path)
-    heads = n_heads(config)
-    d_head = input_size(block.get_submodule(family.out)) // heads
+    for path in (family.attention, family.out, family.mlp, *family.others.values()):
+        if path is not None:
+            block.get_submodule(path)
+    heads = family.n_heads(config)
+    out = find_part(block, family.out)
+    d_head = input_size(out) // heads if out is not None else _head_size(config, heads)
     dense = find_part(block, family.w_out)
     router = find_part(block, family.router)
     mlp = "experts" if router is not None else "opaque" if dense is None else "gated" if family.w_gate else "plain"
@@ -133,11 +147,11 @@ def _measure(family: Family, config: Any, block: nn.Module) -> BlockShape:
         n_heads=heads,
         n_kv_heads=family.n_kv_heads(config),
         d_head=d_head,
-        d_qk=d_head if family.q is not None else config.qk_nope_head_dim + config.qk_rope_head_dim,
+        d_qk=d_head if family.d_qk is None else family.d_qk(config),
         d_mlp=input_size(dense) if dense is not None and router is None else 0,
         mlp=mlp,  # type: ignore[arg-type]
         n_experts=0 if router is None else matrix(router).shape[1],
-        n_experts_per_token=0 if router is None else int(config.num_experts_per_tok),
+        n_experts_per_token=0 if router is None else _n_chosen(config),
         projections=family.q is not None,
         rotary=family.is_rotary(config),
         parallel=family.is_parallel(config),
@@ -146,7 +160,29 @@ def _measure(family: Family, config: Any, block: nn.Module) -> BlockShape:
         ln1_post=family.ln1_post is not None,
         ln2_post=family.ln2_post is not None,
         qk_norm="none" if not normed else "all" if family.qk_norm_input == "all_heads" else "head",
+        attention=family.attention is not None,
+        z=family.out is not None,
+        gated_z=family.gated_z,
+        branches=family.branches,
+        others=tuple((kind, _output_size(block.get_submodule(path))) for kind, path in family.others.items()),
     )
+
+
+def _head_size(config: Any, n_heads: int) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // n_heads)
+
+
+def _n_chosen(config: Any) -> int:
+    """Return how many experts a token goes to, which configurations call by several names."""
+    for name in ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts"):
+        if isinstance(getattr(config, name, None), int):
+            return int(getattr(config, name))
+    raise AttributeError("the configuration does not say how many experts a token goes to")
+
+
+def _output_size(module: nn.Module) -> int:
+    """Return the length of what a module puts out; 0 where only a run tells."""
+    return int(matrix(module).shape[1]) if hasattr(module, "weight") and module.weight.ndim == 2 else 0
 
 
 def matrix(linear: nn.Module) -> torch.Tensor:

@@ -49,6 +49,10 @@ class AttentionSeen(Protocol):
     def pattern(self) -> torch.Tensor:
         """Softmax of the scores over key positions, in float32; zero in rows that may attend to nothing."""
 
+    @property
+    def output(self) -> torch.Tensor | None:
+        """What the attention function gave, `(batch, position, head, d_head)`, where it is seen."""
+
 
 Observer = Callable[[AttentionSeen], None]
 
@@ -72,6 +76,7 @@ class AttentionCall:
     sinks: torch.Tensor | None = None
     bias: torch.Tensor | None = None
     alibi: bool = False
+    output: torch.Tensor | None = None
 
     @cached_property
     def scores(self) -> torch.Tensor:
@@ -124,6 +129,7 @@ class SoftmaxCall:
     """Half-precision models mask with the smallest number of their own type."""
     alibi: bool = False
     value: None = None
+    output: None = None
 
     @cached_property
     def scores(self) -> torch.Tensor:
@@ -183,10 +189,14 @@ def _shown(
     **kwargs: Any,
 ) -> Any:
     """Run an attention function, and show the call to the module's observer, if it has one."""
-    if module in _observers:
-        observer, alibi = _observers[module]
-        observer(_read_call(module, query, key, value, attention_mask, alibi=alibi, **kwargs))
-    return function(module, query, key, value, attention_mask, *args, **kwargs)
+    if module not in _observers:
+        return function(module, query, key, value, attention_mask, *args, **kwargs)
+    observer, alibi = _observers[module]
+    call = _read_call(module, query, key, value, attention_mask, alibi=alibi, **kwargs)
+    given = function(module, query, key, value, attention_mask, *args, **kwargs)
+    call.output = given[0] if isinstance(given, tuple) else given
+    observer(call)
+    return given
 
 
 def _read_call(

@@ -87,8 +87,8 @@ class Capture(AbstractContextManager["Capture"]):
         return output
 
     def _attach(self, stack: ExitStack, module: nn.Module, side: Side, taps: list[Tap]) -> None:
-        if side == "attention":
-            self._watch(stack, module, taps)
+        if side in ("attention", "own_attention"):
+            self._watch(stack, module, side, taps)
         elif side == "input":
 
             def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -102,12 +102,12 @@ class Capture(AbstractContextManager["Capture"]):
 
             stack.callback(module.register_forward_hook(after).remove)
 
-    def _watch(self, stack: ExitStack, module: nn.Module, taps: list[Tap]) -> None:
+    def _watch(self, stack: ExitStack, module: nn.Module, side: Side, taps: list[Tap]) -> None:
         def on_attention(seen: AttentionSeen) -> None:
             self._deliver(taps, (seen,))
 
         alibi = self._anatomy.alibi
-        if self._anatomy.family.sees_attention_by == "interface":
+        if side == "attention":
             observe(module, on_attention, alibi=alibi)
             stack.callback(observe, module, None)
         else:

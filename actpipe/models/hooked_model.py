@@ -15,6 +15,7 @@ from actpipe.hooks import HookName, HookPoint, ModelShape, build_catalogue, sele
 from actpipe.models.anatomy import Anatomy, find_anatomy
 from actpipe.models.capture import Capture, Sink
 from actpipe.models.conventions import Convention, Processed
+from actpipe.models.families.entry import Family
 from actpipe.models.loading import (
     ModelSource,
     compute_dtype,
@@ -24,6 +25,7 @@ from actpipe.models.loading import (
     load_skeleton,
     load_tokenizer,
 )
+from actpipe.models.recognition import family_for
 from actpipe.models.taps import UNEMBED_INPUT, Tap, tap_for, unembed_input_tap
 from actpipe.models.weights import Weights
 from actpipe.schemas.manifest import ModelIdentity
@@ -37,7 +39,8 @@ class ModelSpec:
     def __init__(self, source: ModelSource, dtype: str = "auto") -> None:
         self.source = source
         self.config = load_config(source)
-        self.anatomy = find_anatomy(load_skeleton(source, self.config))
+        family = family_for(self.config, trust_remote_code=source.trust_remote_code)
+        self.anatomy = find_anatomy(load_skeleton(source, self.config), family)
         self._dtype = dtype
 
     @property
@@ -79,12 +82,20 @@ class HookedModel:
         source: Where it came from.
         convention: `native` for its own activations; `processed` for those that it would have with
             folded norms and centred weights, as `HookedTransformer.from_pretrained` gives them by default.
+        family: Where its parts are, if not as the entry for its type, or its structure, says.
     """
 
-    def __init__(self, native: PreTrainedModel, source: ModelSource, convention: Convention = "native") -> None:
+    def __init__(
+        self,
+        native: PreTrainedModel,
+        source: ModelSource,
+        convention: Convention = "native",
+        family: Family | None = None,
+    ) -> None:
         self.native = native
         self.source = source
-        self.anatomy: Anatomy = find_anatomy(native)
+        family = family or family_for(native.config, trust_remote_code=source.trust_remote_code)
+        self.anatomy: Anatomy = find_anatomy(native, family)
         self.shape: ModelShape = self.anatomy.shape
         self.hook_points: dict[str, HookPoint] = build_catalogue(self.shape)
         self.weights = Weights(self.anatomy)
@@ -132,7 +143,8 @@ class HookedModel:
         convention: Convention = "native",
     ) -> Self:
         """Load a model; see `from_pretrained`."""
-        find_anatomy(load_skeleton(source, load_config(source)))
+        config = load_config(source)
+        find_anatomy(load_skeleton(source, config), family_for(config, trust_remote_code=source.trust_remote_code))
         native = load_native(source, dtype=dtype, device=device, device_map=device_map)
         return cls(native, source, convention)
 

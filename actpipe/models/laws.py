@@ -58,19 +58,20 @@ def _residual_laws(model: HookedModel) -> Iterator[Law]:
     if positions:
         yield Law("pos_embed = W_pos[position]", positions, _pos_embed, per_layer=False)
     yield Law("resid_pre[l+1] = resid_post[l]", ("hook_resid_pre", "hook_resid_post"), _chain)
-    yield Law(
-        "resid_post = resid_pre + attn_out + mlp_out",
-        ("hook_resid_pre", "hook_attn_out", "hook_mlp_out", "hook_resid_post"),
-        lambda p, i: (
-            p.get(i, "hook_resid_post"),
-            p.get(i, "hook_resid_pre") + p.get(i, "hook_attn_out") + p.get(i, "hook_mlp_out"),
-        ),
-    )
-    yield Law(
-        "resid_mid = resid_pre + attn_out",
-        ("hook_resid_mid",),
-        lambda p, i: (p.get(i, "hook_resid_mid"), p.get(i, "hook_resid_pre") + p.get(i, "hook_attn_out")),
-    )
+    for branches in dict.fromkeys(block.branches for block in model.shape.blocks if block.branches):
+        before = tuple(name for name in branches if name != "hook_mlp_out")
+        yield Law(
+            f"resid_post = resid_pre + {' + '.join(map(_said, branches))}",
+            ("hook_resid_pre", *branches, "hook_resid_post"),
+            lambda p, i, branches=branches: (p.get(i, "hook_resid_post"), _sum(p, i, branches)),  # type: ignore[misc]
+            when=lambda block, branches=branches: block.branches == branches,  # type: ignore[misc]
+        )
+        yield Law(
+            f"resid_mid = resid_pre + {' + '.join(map(_said, before))}",
+            ("hook_resid_mid", *before),
+            lambda p, i, before=before: (p.get(i, "hook_resid_mid"), _sum(p, i, before)),  # type: ignore[misc]
+            when=lambda block, branches=branches: block.branches == branches,  # type: ignore[misc]
+        )
     yield Law(
         "mlp_in = what the MLP's side reads",
         ("hook_mlp_in",),
@@ -85,6 +86,17 @@ def _residual_laws(model: HookedModel) -> Iterator[Law]:
                 p.get(i, "hook_resid_pre").unsqueeze(2).expand_as(p.get(i, kind)),
             ),
         )
+
+
+def _said(kind: str) -> str:
+    return kind.removeprefix("hook_").removesuffix(".hook_out")
+
+
+def _sum(probe: Probe, layer: int, branches: tuple[str, ...]) -> torch.Tensor:
+    total = probe.get(layer, "hook_resid_pre")
+    for kind in branches:
+        total = total + probe.get(layer, kind)
+    return total
 
 
 _EMBED_NORM = ("embed.ln.hook_scale", "embed.ln.hook_normalized")
@@ -170,7 +182,7 @@ def _attention_laws(model: HookedModel) -> Iterator[Law]:
     said = f"scores = scaled q . k{alibi}, -inf in the future"
     yield Law(said, ("attn.hook_attn_scores", *rotated), _scores, when=lambda block: block.rotary)
     yield Law(said, ("attn.hook_attn_scores",), _scores, when=lambda block: not block.rotary)
-    if model.anatomy.family.sinks is None:
+    if all(model.anatomy.entry(i).sinks is None for i in range(model.shape.n_layers)):
         yield Law(
             "rows of pattern sum to 1",
             ("attn.hook_pattern",),
@@ -180,7 +192,17 @@ def _attention_laws(model: HookedModel) -> Iterator[Law]:
             ),
         )
     yield Law("pattern = softmax(scores)", ("attn.hook_attn_scores", "attn.hook_pattern"), _softmax)
-    yield Law("z = pattern @ v", ("attn.hook_pattern", "attn.hook_v", "attn.hook_z"), _mixed_values)
+    yield Law(
+        "z = pattern @ v",
+        ("attn.hook_pattern", "attn.hook_v", "attn.hook_z"),
+        lambda p, i: _mixed_values(p, i, "attn.hook_z"),
+        when=lambda block: not block.gated_z,
+    )
+    yield Law(
+        "z_ungated = pattern @ v",
+        ("attn.hook_pattern", "attn.hook_v", "attn.hook_z_ungated"),
+        lambda p, i: _mixed_values(p, i, "attn.hook_z_ungated"),
+    )
     yield Law("result = z W_O", ("attn.hook_z", "attn.hook_result"), _results)
     yield Law(
         "attn_out = sum of results + b_O",
@@ -208,7 +230,7 @@ def _projection(probe: Probe, layer: int, which: str) -> tuple[torch.Tensor, tor
 def _qk_norm(probe: Probe, layer: int, which: str) -> tuple[torch.Tensor, torch.Tensor]:
     normalized = probe.get(layer, f"attn.{which}_norm.hook_normalized")
     plain = probe.get(layer, f"attn.hook_{which}").reshape(normalized.shape)
-    if probe.model.anatomy.family.qk_norm == "LN":
+    if probe.model.anatomy.entry(layer).qk_norm == "LN":
         plain = plain - plain.mean(-1, keepdim=True)
     return normalized, plain / probe.get(layer, f"attn.{which}_norm.hook_scale")
 
@@ -249,13 +271,15 @@ def _scores(probe: Probe, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
     found = probe.get(layer, "attn.hook_attn_scores")
     plain = torch.einsum("bqhd,bkhd->bhqk", q, k)
     allowed = torch.isfinite(found)
-    cap = getattr(probe.model.native.config, "attn_logit_softcapping", None)
+    cap = getattr(probe.model.anatomy.config, "attn_logit_softcapping", None)
     fitted = found if cap is None else cap * torch.atanh(found / cap)
     bias = torch.zeros_like(plain)
     if probe.model.anatomy.alibi:
         bias = _distance_bias(fitted, plain, allowed)
         fitted = fitted - bias
-    scaling = getattr(probe.model.anatomy.part(layer, probe.model.anatomy.family.attention), "scaling", None)
+    scaling = getattr(
+        probe.model.anatomy.part(layer, probe.model.anatomy.entry(layer).attention or ""), "scaling", None
+    )
     if not isinstance(scaling, float):
         scaling = (fitted[allowed] * plain[allowed]).sum() / plain[allowed].square().sum()
     expected = plain * scaling + bias
@@ -279,16 +303,16 @@ def _distance_bias(found: torch.Tensor, plain: torch.Tensor, allowed: torch.Tens
 
 def _softmax(probe: Probe, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
     scores = probe.get(layer, "attn.hook_attn_scores")
-    if probe.model.anatomy.family.sinks is None:
+    if probe.model.anatomy.entry(layer).sinks is None:
         return probe.get(layer, "attn.hook_pattern"), scores.softmax(-1)
     sink = probe.weight(layer, "attn.sinks").reshape(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
     return probe.get(layer, "attn.hook_pattern"), torch.cat([scores, sink], dim=-1).softmax(-1)[..., :-1]
 
 
-def _mixed_values(probe: Probe, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _mixed_values(probe: Probe, layer: int, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
     values = probe.repeated(probe.get(layer, "attn.hook_v"), layer)
     return (
-        probe.get(layer, "attn.hook_z"),
+        probe.get(layer, kind),
         torch.einsum("bhqk,bkhd->bqhd", probe.get(layer, "attn.hook_pattern"), values),
     )
 
@@ -336,15 +360,12 @@ def _mlp_laws(model: HookedModel) -> Iterator[Law]:
         ("mlp.hook_router_logits",),
         lambda p, i: _mlp_input(p, i, "mlp.hook_router_logits", "router"),
     )
-    score: Callable[[torch.Tensor], torch.Tensor] = (
-        torch.sigmoid if model.anatomy.family.router_scores == "sigmoid" else lambda logits: logits.softmax(-1)
-    )
     yield Law(
-        f"expert_weights = {model.anatomy.family.router_scores}(router_logits)",
+        "expert_weights = softmax or sigmoid of router_logits",
         ("mlp.hook_router_logits", "mlp.hook_expert_weights"),
-        lambda p, i: (p.get(i, "mlp.hook_expert_weights"), score(p.get(i, "mlp.hook_router_logits"))),
+        _expert_weights,
     )
-    grouped = (getattr(model.native.config, "n_group", None) or 1) > 1
+    grouped = (getattr(model.anatomy.config, "n_group", None) or 1) > 1
     if not grouped:
         yield Law(
             "expert_indices = the largest of expert_weights, with the router's own bias",
@@ -362,9 +383,15 @@ def _neurons_out(probe: Probe, layer: int) -> torch.Tensor:
     return probe.get(layer, "mlp.hook_post") @ probe.weight(layer, "mlp.W_out") + probe.weight(layer, "mlp.b_out")
 
 
+def _expert_weights(probe: Probe, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    logits = probe.get(layer, "mlp.hook_router_logits")
+    sigmoid = probe.model.anatomy.entry(layer).router_scores == "sigmoid"
+    return probe.get(layer, "mlp.hook_expert_weights"), logits.sigmoid() if sigmoid else logits.softmax(-1)
+
+
 def _chosen(probe: Probe, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
     weights = probe.get(layer, "mlp.hook_expert_weights")
-    router = probe.model.anatomy.part(layer, probe.model.anatomy.family.router or "")
+    router = probe.model.anatomy.part(layer, probe.model.anatomy.entry(layer).router or "")
     bias = getattr(router, "e_score_correction_bias", None)
     weights = weights if bias is None else weights + bias
     indices = probe.cache[f"blocks.{layer}.mlp.hook_expert_indices"]

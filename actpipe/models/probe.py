@@ -18,7 +18,8 @@ class Probe:
         self.ids = ids.to(model.device)
         self.bare = model.forward(ids)
         # Copies are n_heads times the stream: one layer's are enough to show what they are.
-        names = [name for name, point in model.hook_points.items() if point.kind not in COPIES or point.layer == 0]
+        first = next((layer for layer, block in enumerate(model.shape.blocks) if block.attention), 0)
+        names = [name for name, point in model.hook_points.items() if point.kind not in COPIES or point.layer == first]
         self.logits, self.cache = model.run_with_cache(ids, names=names)
         half = ids[:1, : max(1, ids.shape[1] // 2)]
         self.alone = model.run_with_cache(half, names=["blocks.*.hook_resid_post"])[1]
@@ -33,7 +34,7 @@ class Probe:
 
     def weight(self, layer: int, kind: str) -> torch.Tensor:
         """Return a weight of one block in float32, where the activations are."""
-        return self.model.weights[f"blocks.{layer}.{kind}"].float().to(self.cache["hook_embed"].device)
+        return self.model.weights[f"blocks.{layer}.{kind}"].float().to(self.ids.device)
 
     def second_input(self, layer: int) -> torch.Tensor:
         """Return what the MLP's side of the block reads."""
@@ -75,4 +76,4 @@ class Probe:
         return heads.repeat_interleave(self.shape.blocks[layer].n_heads // heads.shape[2], dim=2)
 
     def _weight(self, name: str) -> torch.Tensor:
-        return self.model.weights[name].float().to(self.cache["hook_embed"].device)
+        return self.model.weights[name].float().to(self.ids.device)

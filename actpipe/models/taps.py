@@ -13,10 +13,11 @@ from torch import nn
 from actpipe.hooks import BlockShape, HookPoint
 from actpipe.models.anatomy import Anatomy, matrix, norm_epsilon
 from actpipe.models.attention import AttentionSeen
-from actpipe.models.families.entry import Layout
+from actpipe.models.families.entry import Family, Layout
 from actpipe.models.families.fused import Part, split_branch, split_heads
 
-Side = Literal["input", "output", "attention"]
+Side = Literal["input", "output", "attention", "own_attention"]
+"""`attention` goes through transformers' attention interface, `own_attention` is code of the module's own."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,11 @@ def _same(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def _batched(tensor: torch.Tensor) -> torch.Tensor:
+    """Return positions with a batch axis, which some models add only later."""
+    return tensor if tensor.ndim == 3 else tensor.unsqueeze(0)
+
+
 def _outside_blocks(anatomy: Anatomy, name: str) -> Tap:
     if name == "hook_tokens":
         return Tap(name, anatomy.embed, "input", _same)
@@ -66,10 +72,11 @@ def _outside_blocks(anatomy: Anatomy, name: str) -> Tap:
         return Tap(name, anatomy.embed, "output", _same)
     if name == "hook_pos_embed":
         assert anatomy.pos_embed is not None
-        return Tap(name, anatomy.pos_embed, "output", _same)
+        return Tap(name, anatomy.pos_embed, "output", _batched)
     if name.startswith("embed.ln."):
         assert anatomy.embed_norm is not None
         return _norm_tap(anatomy, name, anatomy.embed_norm)
+    assert anatomy.final_norm is not None
     return _norm_tap(anatomy, name, anatomy.final_norm)
 
 
@@ -82,10 +89,13 @@ class _InBlock:
     name: str
 
     def tap(self, kind: str) -> Tap:
+        if kind in self.entry.others:
+            scale = self.anatomy.branch_scale if kind in self._block.branches else 1.0
+            return self._at(self._part(self.entry.others[kind]), "output", partial(_times, factor=scale))
         prefix, _, what = kind.rpartition(".")
         if prefix.startswith("ln"):
-            norm = self.anatomy.part(self.layer, getattr(self.anatomy.family, prefix))
-            return _norm_tap(self.anatomy, self.name, norm, flat=prefix == "ln2" and self.anatomy.family.flat_mlp)
+            norm = self.anatomy.part(self.layer, getattr(self.entry, prefix))
+            return _norm_tap(self.anatomy, self.name, norm, flat=prefix == "ln2" and self.entry.flat_mlp)
         if prefix in ("attn.q_norm", "attn.k_norm"):
             return self._qk_norm(prefix.removeprefix("attn."), what)
         if prefix == "attn":
@@ -98,6 +108,11 @@ class _InBlock:
         return Tap(self.name, module, side, read, flat)
 
     @property
+    def entry(self) -> Family:
+        """What is known of the block."""
+        return self.anatomy.entry(self.layer)
+
+    @property
     def _block(self) -> BlockShape:
         return self.anatomy.shape.blocks[self.layer]
 
@@ -105,7 +120,7 @@ class _InBlock:
         return self.anatomy.part(self.layer, paths)
 
     def _stream(self, kind: str) -> Tap:
-        family, block = self.anatomy.family, self.anatomy.blocks[self.layer]
+        family, block = self.entry, self.anatomy.blocks[self.layer]
         scaled = partial(_times, factor=self.anatomy.branch_scale)
         if kind == "hook_resid_post":
             return self._at(block, "output")
@@ -122,9 +137,10 @@ class _InBlock:
         return self._at(block, "input", partial(_copies, n_copies=n_copies))
 
     def _mlp(self, kind: str) -> Tap:
-        family, config = self.anatomy.family, self.anatomy.native.config
+        family, config = self.entry, self.anatomy.config
         if kind in ("hook_pre", "hook_pre_linear"):
             projection = family.w_in if kind == "hook_pre_linear" else family.w_gate or family.w_in
+            assert projection is not None
             branch = partial(split_branch, layout=projection.layout_in(config))
             return self._at(self._part(projection.module), "output", branch, flat=family.flat_mlp)
         if kind == "hook_post":
@@ -136,10 +152,10 @@ class _InBlock:
         return Tap(self.name, router, "output", read, flat=True)
 
     def _attention(self, what: str) -> Tap:
-        family, block = self.anatomy.family, self._block
+        family, block = self.entry, self._block
         projection = getattr(family, what, None) if what in ("q", "k", "v") else None
         if projection is not None:
-            layout = projection.layout_in(self.anatomy.native.config)
+            layout = projection.layout_in(self.anatomy.config)
             read = partial(_read_projection, layout=layout, part=cast(Part, what), block=block)
             return self._at(self._part(projection.module), "output", read)
         if what in ("z", "result"):
@@ -149,13 +165,14 @@ class _InBlock:
             scale = self.anatomy.branch_scale
             return self._at(out, "input", partial(_read_result, out=out, n_heads=block.n_heads, scale=scale))
         attention = self._part(family.attention)
+        side: Side = "attention" if family.sees_attention_by == "interface" else "own_attention"
         if what in ("v", "rot_k"):
             read = partial(_read_value if what == "v" else _read_key, block=block)
-            return self._at(attention, "attention", read)
-        return self._at(attention, "attention", _FROM_ATTENTION[what])
+            return self._at(attention, side, read)
+        return self._at(attention, side, _FROM_ATTENTION[what])
 
     def _qk_norm(self, which: str, what: str) -> Tap:
-        family = self.anatomy.family
+        family = self.entry
         norm = self._part(getattr(family, which))
         swap = family.qk_norm_input == "heads_first"
         leaf = next(module for module in norm.modules() if not list(module.children()))
@@ -200,10 +217,16 @@ def _read_key(seen: AttentionSeen, block: BlockShape) -> torch.Tensor:
     return _unrepeated(seen.key, block)
 
 
+def _read_mixed(seen: AttentionSeen) -> torch.Tensor:
+    assert seen.output is not None
+    return seen.output
+
+
 _FROM_ATTENTION: dict[str, Callable[[AttentionSeen], torch.Tensor]] = {
     "rot_q": lambda seen: seen.query.transpose(1, 2),
     "attn_scores": lambda seen: seen.scores.transpose(1, 2),
     "pattern": lambda seen: seen.pattern.transpose(1, 2),
+    "z_ungated": _read_mixed,
 }
 _SCORED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "softmax": lambda logits: logits.float().softmax(-1),

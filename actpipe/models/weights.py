@@ -66,14 +66,15 @@ class Weights:
         return {name: self[name] for name in self.names()}
 
     def _outside_blocks(self) -> dict[str, Callable[[], torch.Tensor]]:
-        anatomy, config = self._anatomy, self._anatomy.native.config
+        anatomy, config = self._anatomy, self._anatomy.config
         embed_scale, logit_scale = float(anatomy.family.embed_scale(config)), anatomy.logit_scale
         getters: dict[str, Callable[[], torch.Tensor]] = {
             "embed.W_E": lambda: _times(_tensor(anatomy.embed, "weight"), embed_scale),
             "unembed.W_U": lambda: _times(matrix(anatomy.unembed), logit_scale),
             "unembed.b_U": lambda: _times(_bias(anatomy.unembed), logit_scale),
-            **self._norm("ln_final", anatomy.final_norm),
         }
+        if anatomy.final_norm is not None:
+            getters |= self._norm("ln_final", anatomy.final_norm)
         if anatomy.embed_norm is not None:
             getters |= self._norm("embed.ln", anatomy.embed_norm)
         if anatomy.pos_embed is not None:
@@ -82,15 +83,16 @@ class Weights:
         return getters
 
     def _of_block(self, layer: int) -> dict[str, Callable[[], torch.Tensor]]:
-        anatomy, family, block = self._anatomy, self._anatomy.family, self._shape.blocks[layer]
+        anatomy, family, block = self._anatomy, self._anatomy.entry(layer), self._shape.blocks[layer]
         scale = anatomy.branch_scale
-        getters = self._attention(layer)
+        getters = self._attention(layer) if block.attention and block.z else {}
         for name in ("ln1", "ln2", "ln1_post", "ln2_post"):
             if getattr(block, name):
                 getters |= self._norm(name, anatomy.part(layer, getattr(family, name)))
         if block.mlp in ("plain", "gated"):
             w_out = anatomy.part(layer, family.w_out)
-            getters |= self._branch("in", layer, family.w_in)
+            if family.w_in is not None:
+                getters |= self._branch("in", layer, family.w_in)
             getters["mlp.W_out"] = lambda: _times(matrix(w_out), scale)
             getters["mlp.b_out"] = lambda: _times(_bias(w_out), scale)
             if family.w_gate is not None:
@@ -102,7 +104,7 @@ class Weights:
         return getters
 
     def _attention(self, layer: int) -> dict[str, Callable[[], torch.Tensor]]:
-        anatomy, family, block = self._anatomy, self._anatomy.family, self._shape.blocks[layer]
+        anatomy, family, block = self._anatomy, self._anatomy.entry(layer), self._shape.blocks[layer]
         out, scale = anatomy.part(layer, family.out), anatomy.branch_scale
         getters: dict[str, Callable[[], torch.Tensor]] = {
             "attn.W_O": lambda: _times(rearrange(matrix(out), "(h d) m -> h d m", h=block.n_heads), scale),
@@ -124,7 +126,7 @@ class Weights:
 
     def _branch(self, name: str, layer: int, projection: Projection) -> dict[str, Callable[[], torch.Tensor]]:
         module = self._anatomy.part(layer, projection.module)
-        layout = projection.layout_in(self._anatomy.native.config)
+        layout = projection.layout_in(self._anatomy.config)
         return {
             f"mlp.W_{name}": lambda: split_branch(matrix(module), layout),
             f"mlp.b_{name}": lambda: split_branch(_bias(module), layout),
@@ -139,7 +141,7 @@ class Weights:
 
     def _qk_norms(self, layer: int) -> dict[str, Callable[[], torch.Tensor]]:
         """Return weights of the norms of queries and keys; one row per head where heads have their own."""
-        family, block, offset = self._anatomy.family, self._shape.blocks[layer], self._anatomy.family.norm_offset
+        family, block, offset = self._anatomy.entry(layer), self._shape.blocks[layer], self._anatomy.family.norm_offset
         getters: dict[str, Callable[[], torch.Tensor]] = {}
         for which in ("q_norm", "k_norm"):
             norm = self._anatomy.part(layer, getattr(family, which))
@@ -154,10 +156,10 @@ class Weights:
 
     def _heads(self, layer: int, which: Part, what: str, *, repeat: bool = True) -> torch.Tensor:
         """Return `(head, d_model, d_head)` or `(head, d_head)`; grouped keys and values are repeated, as there."""
-        projection = getattr(self._anatomy.family, which)
+        projection = getattr(self._anatomy.entry(layer), which)
         module, block = self._anatomy.part(layer, projection.module), self._shape.blocks[layer]
         fused = matrix(module) if what == "weight" else _bias(module)
-        heads = split_heads(fused, projection.layout_in(self._anatomy.native.config), which, block)
+        heads = split_heads(fused, projection.layout_in(self._anatomy.config), which, block)
         heads = heads.transpose(0, 1) if what == "weight" else heads
         return heads.repeat_interleave(block.n_heads // heads.shape[0], dim=0) if repeat else heads
 

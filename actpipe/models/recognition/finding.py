@@ -1,0 +1,479 @@
+"""Find the parts of a block by what passes through its modules: every role is a statement about values."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+
+from actpipe.hooks import BlockShape
+from actpipe.models.anatomy import norm_epsilon
+from actpipe.models.families.entry import Layout, Projection
+from actpipe.models.families.fused import Part, split_heads
+from actpipe.models.recognition.watching import Attention, Call
+
+TOLERANCE = 1e-4
+_ACTIVATIONS = (
+    "silu",
+    "gelu",
+    "gelu_new",
+    "gelu_pytorch_tanh",
+    "relu",
+    "relu2",
+    "quick_gelu",
+    "xielu",
+    "tanh",
+    "sigmoid",
+)
+_LAYOUTS: tuple[Layout, ...] = ("whole", "columns", "grouped", "codegen")
+
+
+def same(left: torch.Tensor | None, right: torch.Tensor | None) -> bool:
+    """Whether two tensors hold the same numbers in the same order, whatever their axes."""
+    if left is None or right is None or left.numel() != right.numel() or left.numel() == 0:
+        return False
+    left, right = left.float().reshape(-1), right.float().reshape(-1)
+    return bool((left - right).abs().max() <= TOLERANCE * right.abs().max().clamp_min(1e-6))
+
+
+@dataclass(frozen=True)
+class Norm:
+    """What a module does that divides by a length."""
+
+    kind: Literal["LN", "RMS"]
+    offset: float
+    epsilon: float | None
+    """None where the module says it."""
+
+
+def as_norm(call: Call) -> Norm | None:
+    """Return what kind of norm a call was, None if it was none."""
+    if call.input is None or call.output is None or call.input.shape != call.output.shape:
+        return None
+    if not call.input.is_floating_point() or list(call.module.children()):
+        return None
+    weight, bias = getattr(call.module, "weight", None), getattr(call.module, "bias", None)
+    if weight is not None and weight.ndim != 1:
+        return None
+    said = any(hasattr(call.module, name) for name in ("eps", "variance_epsilon"))
+    for epsilon in (norm_epsilon(call.module),) if said else (1e-6, 1e-5, 1e-12, 1e-8):
+        for kind in ("RMS", "LN"):
+            wide = call.input.float()
+            wide = wide - wide.mean(-1, keepdim=True) if kind == "LN" else wide
+            wide = wide / (wide.square().mean(-1, keepdim=True) + epsilon).sqrt()
+            for offset in (0.0, 1.0):
+                scaled = wide if weight is None else wide * (weight.float() + offset)
+                if same(call.output, scaled if bias is None else scaled + bias.float()):
+                    return Norm(kind, offset, None if said else epsilon)  # type: ignore[arg-type]
+    return None
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module multiplies with one matrix."""
+    weight = getattr(module, "weight", None)
+    return isinstance(module, nn.Linear) or (type(module).__name__ == "Conv1D" and weight is not None)
+
+
+@dataclass
+class BlockParts:
+    """What was found of one block; paths start there."""
+
+    branches: list[Call] = field(default_factory=list)
+    """Whose outputs are added to the stream, in order."""
+    scale: float = 1.0
+    parallel: bool = False
+    norms: dict[str, str] = field(default_factory=dict)
+    """`ln1`, `ln2`, `ln1_post`, `ln2_post` -> path."""
+    norm: Norm | None = None
+    attention: str | None = None
+    own_code: bool = False
+    attention_branch: str | None = None
+    mlp_branch: str | None = None
+    mixer_branch: str | None = None
+    others: dict[str, str] = field(default_factory=dict)
+    projections: dict[str, Projection] = field(default_factory=dict)
+    qk_norms: dict[str, str] = field(default_factory=dict)
+    qk_norm: Norm | None = None
+    qk_norm_input: str = "positions_first"
+    out: str | None = None
+    gated: bool = False
+    rotary: bool = False
+    mlp: str | None = None
+    w_in: Projection | None = None
+    w_gate: Projection | None = None
+    w_out: str | None = None
+    flat_mlp: bool = False
+    latent: bool = False
+    router: str | None = None
+    router_scores: str = "softmax"
+
+
+class BlockFinder:
+    """Finds the parts of one block from one run of it.
+
+    Args:
+        block: The block's own call.
+        inside: What ran inside, outermost first.
+        attention: Attention that ran inside, where there was one.
+        n_heads: Query heads.
+        n_kv_heads: Key and value heads.
+        scales: Numbers of the configuration that branches may be multiplied with.
+    """
+
+    def __init__(
+        self,
+        block: Call,
+        inside: Sequence[Call],
+        attention: Attention | None,
+        n_heads: int,
+        n_kv_heads: int,
+        scales: Sequence[float],
+    ) -> None:
+        assert block.input is not None
+        self.stream = block.input
+        after = next(tensor for tensor in block.outputs if tensor.shape == self.stream.shape)
+        self.added = after - self.stream
+        self.inside = inside
+        self.attention = attention
+        self.heads = BlockShape(n_heads, n_kv_heads, 1, 1, 0, "opaque")
+        self.scales = scales
+        self.parts = BlockParts()
+
+    def find(self) -> BlockParts:
+        """Find everything that can be found; what is not found is left out."""
+        parts = self.parts
+        self._find_branches()
+        if not parts.branches:
+            self._find_attention(None)
+            return parts
+        self._find_roles()
+        self._find_attention(self._branch(parts.attention_branch))
+        self._find_mlp()
+        return parts
+
+    # ---- what is added to the stream
+
+    def _find_branches(self) -> None:
+        calls = _first_of_each([c for c in self.inside if self._is_stream_sized(c)])
+        values = torch.stack([self._flat(c) for c in calls]) if calls else torch.empty(0)
+        for scale in self.scales:
+            target = self.added.reshape(-1) / scale
+            for find in (_one, _pair, _triple):
+                found = find(values, target)
+                if found:
+                    self.parts.scale = scale
+                    self.parts.branches = sorted((calls[i] for i in found), key=lambda call: call.ended)
+                    return
+
+    def _is_stream_sized(self, call: Call) -> bool:
+        out = call.output
+        return out is not None and out.numel() == self.stream.numel() and out.shape[-1] == self.stream.shape[-1]
+
+    def _flat(self, call: Call) -> torch.Tensor:
+        assert call.output is not None
+        return call.output.float().reshape(-1)
+
+    def _branch(self, path: str | None) -> Call | None:
+        return next((call for call in self.parts.branches if call.path == path), None)
+
+    def _find_roles(self) -> None:
+        parts, branches = self.parts, self.parts.branches
+        rest = list(branches)
+        if self.attention is not None:
+            mine = next((b for b in branches if b.ended > self.attention.call.started), None)
+            if mine is not None:
+                parts.attention_branch = mine.path
+                rest.remove(mine)
+        if rest and (len(branches) > 1 or _looks_like_mlp(rest[-1])):
+            parts.mlp_branch = rest.pop().path
+        if rest and parts.attention_branch is None:
+            parts.mixer_branch = rest.pop(0).path
+            parts.others["mixer.hook_out"] = parts.mixer_branch
+        parts.others |= {f"{call.path}.hook_out": call.path for call in rest}
+        if parts.mixer_branch is not None:
+            self._find_projections_of_mixer(parts.mixer_branch)
+        before_mlp = [b for b in branches if b.path != parts.mlp_branch]
+        self.mid = self.stream + parts.scale * sum(self._flat(b).reshape(self.stream.shape) for b in before_mlp)
+        parts.parallel = bool(before_mlp and parts.mlp_branch) and not any(same(c.input, self.mid) for c in self.inside)
+        self._find_norms()
+
+    def _find_projections_of_mixer(self, path: str) -> None:
+        module = next(call.path for call in self.inside if call.path == path)
+        for call in self.inside:
+            inner = call.path.removeprefix(f"{module}.")
+            if inner != call.path and is_linear(call.module) and self._has_positions(call.output):
+                self.parts.others[f"mixer.{inner}.hook_out"] = call.path
+
+    def _has_positions(self, tensor: torch.Tensor | None) -> bool:
+        return tensor is not None and tensor.ndim == 3 and tensor.shape[:2] == self.stream.shape[:2]
+
+    def _find_norms(self) -> None:
+        parts = self.parts
+        norms = [(call, norm) for call in self.inside if (norm := as_norm(call)) is not None]
+        width = self.stream.shape[-1]
+        reading = [(c, n) for c, n in norms if same(c.input, self.stream) and c.input.shape[-1] == width]  # type: ignore[union-attr]
+        if reading:
+            parts.norms["ln1"], parts.norm = reading[0][0].path, reading[0][1]
+        if parts.mlp_branch is not None and parts.parallel and reading:
+            parts.norms["ln2"] = reading[-1][0].path
+        elif parts.mlp_branch is not None and not parts.parallel:
+            second = [(c, n) for c, n in norms if same(c.input, self.mid)]
+            if second:
+                parts.norms["ln2"] = second[0][0].path
+                parts.norm = parts.norm or second[0][1]
+        for name, path in (("ln1_post", parts.attention_branch), ("ln2_post", parts.mlp_branch)):
+            for call, norm in norms:
+                if call.path == path and path not in parts.norms.values():
+                    parts.norms[name] = path
+                    parts.norm = parts.norm or norm
+        if len(parts.branches) == 1 and parts.mlp_branch is not None and "ln1" in parts.norms:
+            parts.norms["ln2"] = parts.norms.pop("ln1")
+
+    def _output_of(self, path: str) -> torch.Tensor | None:
+        return next((call.output for call in self.inside if call.path == path), None)
+
+    def _before_norm(self, path: str | None, post: str) -> torch.Tensor | None:
+        """Return what a branch computes before the norm that may follow it."""
+        call = self._branch(path)
+        if call is None:
+            return None
+        return call.input if post in self.parts.norms else call.output
+
+    # ---- attention
+
+    def _find_attention(self, branch: Call | None) -> None:
+        if self.attention is None:
+            return
+        parts, seen = self.parts, self.attention.seen
+        parts.attention, parts.own_code = self.attention.call.path, self.attention.own_code
+        linears = [call for call in self.inside if is_linear(call.module) and self._has_positions(call.output)]
+        if not self._find_values(linears):
+            return
+        for which in ("q", "k"):
+            self._find_queries(linears, which)  # type: ignore[arg-type]
+        parts.latent = seen.query.shape[-1] != self._values.shape[-1]
+        mixed = seen.pattern.transpose(1, 2)
+        mixed = torch.einsum("bqhk,bkhd->bqhd", mixed, self._repeated(self._values))
+        parts.out = next((call.path for call in linears if same(call.input, mixed)), None)
+        if parts.out is None and branch is not None:
+            wanted = self._before_norm(parts.attention_branch, "ln1_post")
+            parts.out = next((call.path for call in linears if same(call.output, wanted)), None)
+            parts.gated = parts.out is not None
+
+    def _repeated(self, heads: torch.Tensor) -> torch.Tensor:
+        return heads.float().repeat_interleave(self.heads.n_heads // heads.shape[2], dim=2)
+
+    def _find_values(self, linears: Sequence[Call]) -> bool:
+        assert self.attention is not None
+        seen = self.attention.seen
+        if seen.value is not None:
+            n = seen.value.shape[1] // self.heads.n_kv_heads
+            self._values = seen.value[:, :: max(n, 1)].transpose(1, 2)
+            for call, layout, heads in self._split(linears, "v"):
+                if same(heads, self._values):
+                    self.parts.projections["v"] = Projection(call.path, layout)
+                    break
+            return True
+        inputs = [call.input for call in self.inside if is_linear(call.module) and call.input is not None]
+        for call, layout, heads in self._split(linears, "v"):
+            mixed = torch.einsum("bhqk,bkhd->bqhd", seen.pattern, self._repeated(heads))
+            if any(same(tensor, mixed) for tensor in inputs):
+                self.parts.projections["v"] = Projection(call.path, layout)
+                self._values = heads
+                return True
+        return False
+
+    def _split(self, linears: Sequence[Call], part: Part) -> Iterator[tuple[Call, Layout, torch.Tensor]]:
+        for call, layout in itertools.product(linears, _LAYOUTS):
+            try:
+                assert call.output is not None
+                heads = split_heads(call.output, layout, part, self.heads)
+            except RuntimeError:
+                continue
+            yield call, layout, heads
+
+    def _find_queries(self, linears: Sequence[Call], which: Literal["q", "k"]) -> None:
+        assert self.attention is not None
+        seen = self.attention.seen
+        target = seen.query if which == "q" else seen.key
+        n = target.shape[1] // (self.heads.n_heads if which == "q" else self.heads.n_kv_heads)
+        target = target[:, :: max(n, 1)].transpose(1, 2)
+        for call, layout, heads in self._split(linears, which):
+            if heads.shape != target.shape:
+                continue
+            turned = _turned(heads, target)
+            norm = None if turned is not None else self._find_qk_norm(heads, target)
+            if turned is None and norm is None:
+                continue
+            self.parts.projections[which] = Projection(call.path, layout)
+            if norm is not None:
+                self.parts.qk_norms[f"{which}_norm"], turned = norm
+            self.parts.rotary = self.parts.rotary or bool(turned)
+            return
+
+    def _find_qk_norm(self, heads: torch.Tensor, target: torch.Tensor) -> tuple[str, bool] | None:
+        for call in self.inside:
+            norm = as_norm(call)
+            if norm is None:
+                continue
+            assert call.input is not None
+            assert call.output is not None
+            if call.input.shape[-1] == heads.shape[-2] * heads.shape[-1] and same(call.input, heads):
+                way, out = "all_heads", call.output.reshape(heads.shape)
+            elif call.input.shape == heads.shape and same(call.input, heads):
+                way, out = "positions_first", call.output
+            elif call.input.shape == heads.transpose(1, 2).shape and same(call.input, heads.transpose(1, 2)):
+                way, out = "heads_first", call.output.transpose(1, 2)
+            else:
+                continue
+            turned = _turned(out, target)
+            if turned is not None:
+                self.parts.qk_norm, self.parts.qk_norm_input = norm, way
+                return call.path, turned
+        return None
+
+    # ---- MLP
+
+    def _find_mlp(self) -> None:
+        parts = self.parts
+        wanted = self._before_norm(parts.mlp_branch, "ln2_post")
+        if wanted is None:
+            return
+        parts.mlp = next((c.path for c in self.inside if self._is_stream_sized(c) and same(c.output, wanted)), None)
+        given = self._output_of(parts.norms["ln2"]) if "ln2" in parts.norms else self.mid
+        given = self.stream if parts.parallel and "ln2" not in parts.norms else given
+        linears = [call for call in self.inside if is_linear(call.module)]
+        out = next((call for call in linears if same(call.output, wanted)), None)
+        parts.flat_mlp = out is not None and out.input is not None and out.input.ndim == 2
+        if out is None:
+            self._find_router(given)
+            return
+        reading = [call for call in linears if same(call.input, given) and call.ended < out.started]
+        self._find_neurons(reading, out)
+
+    def _find_neurons(self, reading: Sequence[Call], out: Call) -> None:
+        parts, post = self.parts, out.input
+        assert post is not None
+        size = post.shape[-1]
+        for call in reading:
+            assert call.output is not None
+            if call.output.shape[-1] == size and _activated(post, call.output):
+                parts.w_in, parts.w_out = Projection(call.path), out.path
+                return
+            if call.output.shape[-1] == 2 * size:
+                first, second = call.output[..., :size], call.output[..., size:]
+                for gate, linear, layouts in (
+                    (first, second, ("first_half", "second_half")),
+                    (second, first, ("second_half", "first_half")),
+                ):
+                    if _activated(post, gate, linear):
+                        parts.w_gate, parts.w_in = (Projection(call.path, layout) for layout in layouts)  # type: ignore[arg-type]
+                        parts.w_out = out.path
+                        return
+        for gate, linear in itertools.permutations(reading, 2):
+            if (
+                same_size(gate.output, post)
+                and same_size(linear.output, post)
+                and _activated(post, gate.output, linear.output)
+            ):
+                parts.w_gate, parts.w_in, parts.w_out = Projection(gate.path), Projection(linear.path), out.path
+                return
+
+    def _find_router(self, given: torch.Tensor | None) -> None:
+        for call in self.inside:
+            weight = getattr(call.module, "weight", None)
+            if len(call.outputs) != 3 or weight is None or weight.ndim != 2 or not same(call.input, given):
+                continue
+            logits, _, indices = call.outputs
+            if indices.is_floating_point() or logits.shape[-1] != weight.shape[0]:
+                continue
+            self.parts.router = call.path
+            scores = call.outputs[1]
+            sigmoid = logits.float().sigmoid().gather(-1, indices)
+            self.parts.router_scores = "sigmoid" if same(scores, sigmoid) else "softmax"
+            return
+
+
+def same_size(left: torch.Tensor | None, right: torch.Tensor) -> bool:
+    """Whether two tensors have as many numbers."""
+    return left is not None and left.numel() == right.numel()
+
+
+def _looks_like_mlp(call: Call) -> bool:
+    title = f"{call.path} {type(call.module).__name__}".lower()
+    return any(word in title for word in ("mlp", "moe", "ffn", "feed_forward", "feedforward"))
+
+
+def _first_of_each(calls: Sequence[Call]) -> list[Call]:
+    """Return the outermost call of each value."""
+    kept: list[Call] = []
+    for call in calls:
+        if not any(same(call.output, other.output) for other in kept):
+            kept.append(call)
+    return kept
+
+
+def _near(values: torch.Tensor, target: torch.Tensor) -> int | None:
+    """Return which row of `values` is `target`, if one is."""
+    if not len(values):
+        return None
+    distances = (values - target).abs().amax(dim=1)
+    best = int(distances.argmin())
+    return best if float(distances[best]) <= TOLERANCE * float(target.abs().max().clamp_min(1e-6)) else None
+
+
+def _one(values: torch.Tensor, target: torch.Tensor) -> tuple[int, ...]:
+    found = _near(values, target)
+    return () if found is None else (found,)
+
+
+def _pair(values: torch.Tensor, target: torch.Tensor) -> tuple[int, ...]:
+    size = target.abs().max()
+    for first in range(len(values)):
+        rest = target - values[first]
+        distances = (values - rest).abs().amax(dim=1)
+        distances[first] = torch.inf
+        second = int(distances.argmin())
+        if float(distances[second]) <= TOLERANCE * float(size):
+            return first, second
+    return ()
+
+
+def _triple(values: torch.Tensor, target: torch.Tensor) -> tuple[int, ...]:
+    for first in range(min(len(values), _MOST_OF_THREE)):
+        found = _pair(values, target - values[first])
+        if found and first not in found:
+            return first, *found
+    return ()
+
+
+_MOST_OF_THREE = 24
+
+
+def _turned(before: torch.Tensor, after: torch.Tensor) -> bool | None:
+    """Return False where heads pass as they are, True where they are rotated by position, else None."""
+    if same(before, after):
+        return False
+    lengths = same(before.norm(dim=-1), after.norm(dim=-1))
+    return True if lengths and same(before[:, 0].contiguous(), after[:, 0].contiguous()) else None
+
+
+def _activated(post: torch.Tensor, pre: torch.Tensor | None, linear: torch.Tensor | None = None) -> bool:
+    """Whether neurons are a known function of `pre`, times `linear` where there is one."""
+    if pre is None:
+        return False
+    for name in _ACTIVATIONS:
+        if name not in ACT2FN:
+            continue
+        try:
+            expected = ACT2FN[name](pre.float())
+        except Exception:  # noqa: BLE001  # some need a dtype or parameters of their own
+            continue
+        if same(post, expected if linear is None else expected * linear.float()):
+            return True
+    return False
