@@ -168,15 +168,25 @@ def _measure(family: Family, config: Any, block: nn.Module) -> BlockShape:
     )
 
 
+def told(config: Any, name: str) -> int | None:
+    """Return a whole number that a configuration says for all layers; None where it says none."""
+    try:
+        value = getattr(config, name, None)
+    except (RuntimeError, ValueError):  # said for each layer apart
+        return None
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
 def _head_size(config: Any, n_heads: int) -> int:
-    return int(getattr(config, "head_dim", None) or config.hidden_size // n_heads)
+    return told(config, "head_dim") or config.hidden_size // n_heads
 
 
 def _n_chosen(config: Any) -> int:
     """Return how many experts a token goes to, which configurations call by several names."""
     for name in ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts"):
-        if isinstance(getattr(config, name, None), int):
-            return int(getattr(config, name))
+        n = told(config, name)
+        if n is not None:
+            return n
     raise AttributeError("the configuration does not say how many experts a token goes to")
 
 

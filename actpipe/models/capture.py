@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from types import TracebackType
 from typing import Any, Self
@@ -98,7 +98,7 @@ class Capture(AbstractContextManager["Capture"]):
         else:
 
             def after(_: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-                self._deliver(taps, output if isinstance(output, tuple) else (output,))
+                self._deliver(taps, output if isinstance(output, tuple | list) else (output,))
 
             stack.callback(module.register_forward_hook(after).remove)
 
@@ -115,7 +115,7 @@ class Capture(AbstractContextManager["Capture"]):
             own.attach()
             stack.callback(own.detach)
 
-    def _deliver(self, taps: list[Tap], values: tuple[Any, ...]) -> None:
+    def _deliver(self, taps: list[Tap], values: Sequence[Any]) -> None:
         if not self._running:
             return
         for tap in taps:

@@ -146,7 +146,12 @@ class HookedModel:
         config = load_config(source)
         find_anatomy(load_skeleton(source, config), family_for(config, trust_remote_code=source.trust_remote_code))
         native = load_native(source, dtype=dtype, device=device, device_map=device_map)
-        return cls(native, source, convention)
+        model = cls(native, source, convention)
+        if not model.anatomy.family.by_structure:
+            return model
+        from actpipe.models.recognition.recognising import prove_loaded  # it runs hooked models: imported last
+
+        return cls(native, source, convention, prove_loaded(model))
 
     @cached_property
     def tokenizer(self) -> Any:

@@ -76,6 +76,8 @@ def _evaluate(law: Law, probe: Probe) -> Outcome | None:
             left, right = law.sides(probe, layer)
         except LookupError:  # something that it reads is withheld: it proves nothing here
             return None
+        except RuntimeError:  # what it reads does not fit together
+            left, right = torch.zeros(1), torch.full((1,), torch.inf)
         error = _difference(left, right)
         if not error <= worst:
             worst, where = error, f"layer {layer}" if law.per_layer else "the whole model"

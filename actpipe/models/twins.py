@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from actpipe.errors import UnsupportedModelError
+from actpipe.models.anatomy import told
 
 WINDOW = 6
 """Windows, chunks and top-k of a twin; probes are longer."""
@@ -25,7 +26,8 @@ _SIZES = {
     "attention_hidden_size mamba_d_ssm",
     48: "intermediate_size ffn_dim n_inner d_ff dff ffn_hidden_size encoder_ffn_dim decoder_ffn_dim d_inner "
     "shared_intermediate_size dense_intermediate_size block_ff_dim",
-    32: "hidden_size d_model n_embd embed_dim dim emb_dim word_embed_proj_dim embedding_size lru_width hidden_dim",
+    32: "hidden_size d_model n_embd embed_dim dim emb_dim word_embed_proj_dim embedding_size lru_width hidden_dim "
+    "index_n_heads",
     16: "moe_intermediate_size moe_ffn_hidden_size expert_ffn_hidden_size shared_expert_intermediate_size "
     "expert_intermediate_size kv_lora_rank moe_shared_expert_intermediate_size attention_head_dim",
     12: "q_lora_rank qk_head_dim",
@@ -35,7 +37,7 @@ _SIZES = {
     "mamba_chunk_size chunk_size",
     4: "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads attention_heads "
     "num_experts n_routed_experts num_local_experts moe_num_experts linear_num_key_heads linear_num_value_heads "
-    "linear_num_heads index_n_heads qk_rope_head_dim rotary_dim",
+    "linear_num_heads qk_rope_head_dim rotary_dim",
 }
 _LIMITS = {
     WINDOW: "sliding_window window_size index_topk attention_chunk_size local_window_size attention_window_size",
@@ -92,7 +94,8 @@ def _parts(config: Any) -> Iterator[Any]:
 def _shrink_in_place(config: Any) -> None:
     _share_keys_alike(config)
     for name, size in _SMALL.items():
-        if _size(config, name) or (name.endswith(("head_dim", "d_head")) and hasattr(config, name)):
+        unsaid = name.endswith(("head_dim", "d_head")) and (_lacks(config, name) or vars(config).get(name) == "auto")
+        if _size(config, name) or unsaid:
             _set(config, name, size)
     for name, most in _AT_MOST.items():
         if _size(config, name):
@@ -111,22 +114,23 @@ def _share_keys_alike(config: Any) -> None:
     heads = next((_size(config, name) for name in _HEADS if _size(config, name)), 0)
     for name in _KEY_HEADS:
         n = _size(config, name)
-        if n or hasattr(config, name):
+        if n or _lacks(config, name):
             _set(config, name, _SMALL["num_heads"] if n in (heads, 0) else min(n, 2))
 
 
 def _size(config: Any, name: str) -> int:
     """Return a size that a configuration has, 0 where it has none."""
-    try:
-        value = getattr(config, name, None)
-    except ValueError:
-        return 0
-    return value if isinstance(value, int) and not isinstance(value, bool) else 0
+    return told(config, name) or 0
+
+
+def _lacks(config: Any, name: str) -> bool:
+    """Whether a configuration has a size's name without a value."""
+    return name in vars(config) and vars(config)[name] is None
 
 
 def _set(config: Any, name: str, value: int) -> None:
     """Set what can be set; some names are worked out from others, or belong to single layers."""
-    with suppress(AttributeError, ValueError, NotImplementedError):
+    with suppress(AttributeError, ValueError, NotImplementedError, RuntimeError):
         setattr(config, name, value)
 
 
@@ -139,6 +143,6 @@ def shake(native: nn.Module) -> None:
         if not parameter.is_floating_point():
             continue
         if parameter.ndim >= 2:
-            parameter.data.normal_(std=0.6 * parameter.shape[-1] ** -0.5 if "embed" not in name else 0.6)
+            parameter.data.normal_(std=0.5 * parameter.shape[-1] ** -0.5 if "embed" not in name else 0.5)
         else:
             parameter.data.add_(torch.randn_like(parameter) * 0.1)

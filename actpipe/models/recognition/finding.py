@@ -100,6 +100,7 @@ class BlockParts:
     qk_norms: dict[str, str] = field(default_factory=dict)
     qk_norm: Norm | None = None
     qk_norm_input: str = "positions_first"
+    sinks: str | None = None
     out: str | None = None
     gated: bool = False
     rotary: bool = False
@@ -256,6 +257,7 @@ class BlockFinder:
             return
         for which in ("q", "k"):
             self._find_queries(linears, which)  # type: ignore[arg-type]
+        parts.sinks = self._find_sinks(getattr(seen, "sinks", None))
         parts.latent = seen.query.shape[-1] != self._values.shape[-1]
         mixed = seen.pattern.transpose(1, 2)
         mixed = torch.einsum("bqhk,bkhd->bqhd", mixed, self._repeated(self._values))
@@ -264,6 +266,15 @@ class BlockFinder:
             wanted = self._before_norm(parts.attention_branch, "ln1_post")
             parts.out = next((call.path for call in linears if same(call.output, wanted)), None)
             parts.gated = parts.out is not None
+            if parts.gated and seen.output is None:
+                parts.out, parts.gated = None, False
+
+    def _find_sinks(self, sinks: torch.Tensor | None) -> str | None:
+        for call in self.inside if sinks is not None else ():
+            for name, parameter in call.module.named_parameters(recurse=False):
+                if parameter.ndim == 1 and same(parameter, sinks):
+                    return f"{call.path}.{name}"
+        return None
 
     def _repeated(self, heads: torch.Tensor) -> torch.Tensor:
         return heads.float().repeat_interleave(self.heads.n_heads // heads.shape[2], dim=2)
@@ -341,7 +352,7 @@ class BlockFinder:
 
     def _find_mlp(self) -> None:
         parts = self.parts
-        wanted = self._before_norm(parts.mlp_branch, "ln2_post")
+        wanted, branch = self._before_norm(parts.mlp_branch, "ln2_post"), self._branch(parts.mlp_branch)
         if wanted is None:
             return
         parts.mlp = next((c.path for c in self.inside if self._is_stream_sized(c) and same(c.output, wanted)), None)
@@ -349,7 +360,7 @@ class BlockFinder:
         given = self.stream if parts.parallel and "ln2" not in parts.norms else given
         linears = [call for call in self.inside if is_linear(call.module)]
         out = next((call for call in linears if same(call.output, wanted)), None)
-        parts.flat_mlp = out is not None and out.input is not None and out.input.ndim == 2
+        parts.flat_mlp = any(call.output is not None and call.output.ndim == 2 for call in (branch, out) if call)
         if out is None:
             self._find_router(given)
             return
@@ -456,8 +467,8 @@ _MOST_OF_THREE = 24
 
 
 def _turned(before: torch.Tensor, after: torch.Tensor) -> bool | None:
-    """Return False where heads pass as they are, True where they are rotated by position, else None."""
-    if same(before, after):
+    """Return False where heads pass as they are or scaled, True where position rotates them, else None."""
+    if same(before, after) or same(before * ((before * after).sum() / before.square().sum()), after):
         return False
     lengths = same(before.norm(dim=-1), after.norm(dim=-1))
     return True if lengths and same(before[:, 0].contiguous(), after[:, 0].contiguous()) else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,9 +14,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from actpipe.errors import UnsupportedModelError
+from actpipe.models.anatomy import told
 from actpipe.models.families.entry import Family, latent_size
 from actpipe.models.hooked_model import HookedModel
-from actpipe.models.identities import Outcome, check_identities
+from actpipe.models.identities import Outcome, check_identities, probe_ids
 from actpipe.models.loading import ModelSource
 from actpipe.models.recognition.finding import BlockFinder, BlockParts, Norm, as_norm, same
 from actpipe.models.recognition.watching import Attention, Call, record
@@ -61,6 +63,16 @@ def prove(family: Family, native: PreTrainedModel, ids: torch.Tensor) -> Family:
         if not doubtful:
             return family
         family = replace(family, withheld={**family.withheld, **doubtful})
+
+
+def prove_loaded(model: HookedModel) -> Family:
+    """Check every identity once more on the weights themselves; warn of what the twin did not show."""
+    before = model.anatomy.family
+    family = prove(before, model.native, probe_ids(model))
+    new = [f"{kind} ({reason})" for kind, reason in family.withheld.items() if kind not in before.withheld]
+    if new:
+        warnings.warn(f"not offered for this {before.name} model: {', '.join(new)}", stacklevel=2)
+    return family
 
 
 def _doubtful(model: HookedModel, outcomes: Sequence[Outcome]) -> Mapping[str, str]:
@@ -116,7 +128,8 @@ class _Draft:
             if not isinstance(module, nn.ModuleList) or module not in self._names:
                 continue
             calls = [[c for c in self._recording.calls if c.module is child] for child in module]
-            chained = bool(calls) and all(len(c) == 1 for c in calls) and _is_chain([c[0] for c in calls])
+            once = bool(calls) and all(len(c) == 1 for c in calls)
+            chained = once and _is_chain([c[0] for c in calls], self._ids.shape)
             if chained and (best is None or len(calls) > len(best[1])):
                 best = self._names[module], [c[0] for c in calls]
         if best is None:
@@ -211,10 +224,11 @@ class _Draft:
         return lambda _: 1.0
 
 
-def _is_chain(calls: Sequence[Call]) -> bool:
+def _is_chain(calls: Sequence[Call], shape: torch.Size) -> bool:
     """Whether each call takes, bit for bit, what the one before it gave."""
-    if any(c.input is None or c.input.ndim != 3 or not c.input.is_floating_point() for c in calls):
-        return False
+    for call in calls:
+        if call.input is None or call.input.ndim != 3 or call.input.shape[:2] != shape:
+            return False
     chained = all(any(_equal(out, b.input) for out in a.outputs) for a, b in itertools.pairwise(calls))
     return chained and any(out.shape == calls[-1].input.shape for out in calls[-1].outputs)  # type: ignore[union-attr]
 
@@ -230,17 +244,17 @@ def _attribute(name: str) -> Number:
 def _as_told(config: Any, names: Sequence[str], value: int | None) -> Number | None:
     """Return the name under which a configuration says a number."""
     for name in names:
-        told = getattr(config, name, None)
-        if isinstance(told, int) and (value is None or told == value):
+        said = told(config, name)
+        if said is not None and (value is None or said == value):
             return _attribute(name)
     return None
 
 
 def _key_heads(config: Any, attention: Attention, heads: Number | None) -> Number | None:
-    told = _as_told(config, _KEY_HEADS, None)
+    said = _as_told(config, _KEY_HEADS, None)
     n = attention.seen.key.shape[1]
-    if told is not None and n % int(told(config)) == 0:
-        return told
+    if said is not None and n % int(said(config)) == 0:
+        return said
     if heads is not None and n == int(heads(config)):
         return heads
     return (lambda _: 1) if n == 1 else None
@@ -295,6 +309,7 @@ def _entry(parts: BlockParts, name: str, heads: Number, key_heads: Number) -> Fa
         attn_out=None if attention_out in (parts.attention, parts.norms.get("ln1_post")) else attention_out,
         q_norm=parts.qk_norms.get("q_norm") if known and len(parts.qk_norms) == 2 else None,
         k_norm=parts.qk_norms.get("k_norm") if known and len(parts.qk_norms) == 2 else None,
+        sinks=parts.sinks,
         qk_norm=parts.qk_norm.kind if parts.qk_norm else "RMS",
         qk_norm_input=parts.qk_norm_input,  # type: ignore[arg-type]
         rotary=parts.attention is not None and (parts.rotary or not known),
