@@ -159,6 +159,34 @@ def observe(module: nn.Module, observer: Observer | None, *, alibi: bool = False
         _observers[module] = observer, alibi
 
 
+class Editor(Protocol):
+    """Changes what goes through an attention layer."""
+
+    @property
+    def only_inputs(self) -> bool:
+        """Whether queries, keys and values are all that it changes."""
+
+    def inputs(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return queries, keys and values as they go on."""
+
+    def run(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
+        """Do the layer's work, with changed scores or pattern."""
+
+    def pattern(self, pattern: torch.Tensor) -> torch.Tensor:
+        """Return the pattern as it goes on."""
+
+
+_editors: weakref.WeakKeyDictionary[nn.Module, Editor] = weakref.WeakKeyDictionary()
+
+
+def edit(module: nn.Module, editor: Editor | None) -> None:
+    """Let `editor` change what goes through this module's attention; None takes it off again."""
+    if editor is None:
+        _editors.pop(module, None)
+    else:
+        _editors[module] = editor
+
+
 @contextmanager
 def interface_watched() -> Iterator[None]:
     """Let observers see every attention function that a model looks up while this is open.
@@ -189,6 +217,11 @@ def _shown(
     **kwargs: Any,
 ) -> Any:
     """Run an attention function, and show the call to the module's observer, if it has one."""
+    if module in _editors:
+        editor = _editors[module]
+        query, key, value = editor.inputs(query, key, value)
+        if not editor.only_inputs:
+            return editor.run(_read_call(module, query, key, value, attention_mask, alibi=False, **kwargs))
     if module not in _observers:
         return function(module, query, key, value, attention_mask, *args, **kwargs)
     observer, alibi = _observers[module]
@@ -289,7 +322,10 @@ class _Watch(TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if name == "scaled_dot_product_attention":
-            self._see_kernel(*args, **kwargs)
+            call = self._as_call(*args, **kwargs)
+            self._observer(call)
+            if self._module in _editors:
+                return _editors[self._module].run(call)[0].transpose(1, 2)
         output = func(*args, **kwargs)
         if name in _PRODUCTS:
             left = kwargs.get("batch1", args[1] if len(args) > 2 else args[0])
@@ -297,9 +333,11 @@ class _Watch(TorchFunctionMode):
             self._factors = left, right
         elif name == "softmax" and self._factors is not None:
             self._see_softmax(args[0] if args else kwargs["input"], output, *self._factors)
+            if self._module in _editors:
+                return _editors[self._module].pattern(output.float()).to(output.dtype)
         return output
 
-    def _see_kernel(
+    def _as_call(
         self,
         query: torch.Tensor,
         key: torch.Tensor,
@@ -309,9 +347,9 @@ class _Watch(TorchFunctionMode):
         is_causal: bool = False,
         scale: float | None = None,
         **_: Any,
-    ) -> None:
+    ) -> AttentionCall:
         scaling = query.shape[-1] ** -0.5 if scale is None else scale
-        self._observer(AttentionCall(query, key, value, attn_mask, scaling, is_causal, alibi=self._alibi))
+        return AttentionCall(query, key, value, attn_mask, scaling, is_causal, alibi=self._alibi)
 
     def _see_softmax(self, before: torch.Tensor, after: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
         n_queries, n_keys = before.shape[-2:]

@@ -176,7 +176,7 @@ class _InBlock:
         norm = self._part(getattr(family, which))
         swap = family.qk_norm_input == "heads_first"
         leaf = next(module for module in norm.modules() if not list(module.children()))
-        measure = _norm_scale if what == "hook_scale" else _divided
+        measure = norm_scale if what == "hook_scale" else _divided
         read = partial(measure, kind=family.qk_norm, epsilon=norm_epsilon(leaf))
         return self._at(norm, "input", partial(_positions_first, read=read) if swap else read)
 
@@ -239,7 +239,7 @@ def _norm_tap(anatomy: Anatomy, name: str, norm: nn.Module, *, flat: bool = Fals
     kind = anatomy.family.norm
     if kind == "LN" and name.endswith("hook_normalized"):
         return Tap(name, norm, "output", _same, flat)
-    read = _norm_scale if name.endswith("hook_scale") else _divided
+    read = norm_scale if name.endswith("hook_scale") else _divided
     epsilon = norm_epsilon(norm, anatomy.family.norm_epsilon)
     return Tap(name, norm, "input", partial(read, kind=kind, epsilon=epsilon), flat)
 
@@ -252,19 +252,24 @@ def tap_before_affine(anatomy: Anatomy, tap: Tap) -> Tap:
     return replace(tap, side="input", read=partial(_divided, kind="LN", epsilon=epsilon))
 
 
-def _norm_scale(tensor: torch.Tensor, kind: Literal["LN", "RMS"], epsilon: float) -> torch.Tensor:
+def norm_scale(tensor: torch.Tensor, kind: Literal["LN", "RMS"], epsilon: float) -> torch.Tensor:
+    """Return what a norm divides by, `(..., 1)` in float32."""
     wide = tensor.float()
     if kind == "LN":
         wide = wide - wide.mean(-1, keepdim=True)
     return (wide.square().mean(-1, keepdim=True) + epsilon).sqrt()
 
 
-def _divided(tensor: torch.Tensor, kind: Literal["LN", "RMS"], epsilon: float) -> torch.Tensor:
-    """Return a norm's input, centred for LayerNorm, over its scale: before weight and bias."""
+def norm_divided(tensor: torch.Tensor, kind: Literal["LN", "RMS"], scale: torch.Tensor) -> torch.Tensor:
+    """Return a norm's input, centred for LayerNorm, over a scale, in float32: before weight and bias."""
     wide = tensor.float()
     if kind == "LN":
         wide = wide - wide.mean(-1, keepdim=True)
-    return (wide / _norm_scale(tensor, kind, epsilon)).to(tensor.dtype)
+    return wide / scale
+
+
+def _divided(tensor: torch.Tensor, kind: Literal["LN", "RMS"], epsilon: float) -> torch.Tensor:
+    return norm_divided(tensor, kind, norm_scale(tensor, kind, epsilon)).to(tensor.dtype)
 
 
 def _positions_first(tensor: torch.Tensor, read: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
