@@ -75,7 +75,7 @@ def _decoder_ids(anatomy: Anatomy, ids: torch.Tensor, decoder_input_ids: InputId
     decoder_ids = as_batch(decoder_input_ids)
     if decoder_ids.ndim != 2 or decoder_ids.shape[0] != ids.shape[0] or decoder_ids.numel() == 0:
         raise ValueError(
-            f"decoder_input_ids must be (batch, position) with a batch of {ids.shape[0]}, got {tuple(decoder_ids.shape)}"
+            f"decoder_input_ids must be (batch, position) for a batch of {ids.shape[0]}, got {tuple(decoder_ids.shape)}"
         )
     if anatomy.shape.learned_positions and decoder_ids.shape[1] > anatomy.shape.n_ctx:
         raise ValueError(
@@ -101,6 +101,6 @@ def _start_token(anatomy: Anatomy) -> int:
 
 
 def as_batch(ids: InputIds) -> torch.Tensor:
-    """Return ids as `(batch, position)`, one sequence as a batch of one; arrays are copied, as a store's are read-only."""
+    """Return ids as `(batch, position)`, one sequence as a batch of one; arrays are copied: they may be read-only."""
     tensor = ids if isinstance(ids, torch.Tensor) else torch.from_numpy(np.array(ids))
     return tensor[None] if tensor.ndim == 1 else tensor

@@ -191,9 +191,9 @@ class HookedModel:
                 which the decoder starts.
 
         Returns:
-            Logits `(batch, position, d_vocab)`, an encoder-decoder's at the decoder's positions, and a dict from name to tensor in firing order, with
-            TransformerLens' shapes: `(batch, position, ...)`, scores and patterns
-            `(batch, head, query_position, key_position)`.
+            Logits `(batch, position, d_vocab)`, an encoder-decoder's at the decoder's positions; and a dict
+            from name to tensor in firing order, with TransformerLens' shapes: `(batch, position, ...)`,
+            scores and patterns `(batch, head, query_position, key_position)`.
 
         Raises:
             UnknownHookError: A name means nothing for this model.

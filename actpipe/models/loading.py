@@ -119,14 +119,20 @@ def load_native(
             )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelLoadError(_explain(source, "weights", error)) from error
-    if missing := sorted(report["missing_keys"]):
-        raise ModelLoadError(
-            f"the weights of model {source.name!r} lack {missing[0]}{f' and {len(missing) - 1} more' * (len(missing) > 1)} "
-            f"of {type(model).__name__}, which would be random; take the checkpoint that the model was pretrained as"
-        )
+    _refuse_random_weights(source, model, sorted(report["missing_keys"]))
     if device_map is None:
         model = model.to(resolve_device(device))
     return model.eval().requires_grad_(False)
+
+
+def _refuse_random_weights(source: ModelSource, model: PreTrainedModel, missing: list[str]) -> None:
+    """Refuse a model of which the checkpoint lacks a part, which transformers would draw at random."""
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ModelLoadError(
+            f"the weights of model {source.name!r} lack {missing[0]}{more} of {type(model).__name__}, which would be "
+            "random; take a checkpoint that has its language-modelling head, or set `architectures` in its config.json"
+        )
 
 
 @contextmanager

@@ -130,7 +130,7 @@ class Family:
     """Whether the MLP sees batch and positions as one axis."""
     sees_attention_by: Literal["interface", "softmax"] = "interface"
     """Whether attention goes through transformers' attention interface, or by code of the model's own."""
-    n_heads: Callable[[Config], int] = lambda config: n_heads(config)
+    n_heads: Callable[[Config], int] = lambda config: int(config.num_attention_heads)
     n_kv_heads: Callable[[Config], int] = lambda config: getattr(config, "num_key_value_heads", None) or n_heads(config)
     embed_scale: Callable[[Config], float] = lambda _: 1.0
     """What the token embedding is multiplied with."""
