@@ -39,7 +39,11 @@ def process_weights(
         center_unembed: Take the mean over the vocabulary from the unembedding.
         fold_value_biases: Move value biases into the output bias.
         refactor_factored_attn_matrices: Make W_Q and W_K, W_V and W_O even factors of their products.
+
+    Raises:
+        UnsupportedModelError: It is an encoder or an encoder-decoder, of which TransformerLens processes no weights.
     """
+    check_processable(shape)
     if fold_ln and not any(block.mlp in ("experts", "opaque") for block in shape.blocks):
         weights = fold_layer_norm(weights, shape)
     if center_writing_weights and shape.norm == "LN":
@@ -51,6 +55,19 @@ def process_weights(
     if refactor_factored_attn_matrices:
         weights = refactor_attention(weights, shape)
     return weights
+
+
+def check_processable(shape: ModelShape) -> None:
+    """Refuse models in which what is written to the stream does not add up to what the unembedding reads.
+
+    Raises:
+        UnsupportedModelError: It is an encoder or an encoder-decoder.
+    """
+    if not shape.sums_to_logits:
+        raise UnsupportedModelError(
+            "weights of encoders and encoder-decoders are not processed, as in TransformerLens: norms stand inside the "
+            "stream; use the weights as they are, and convention='native'"
+        )
 
 
 def fold_layer_norm(weights: WeightSet, shape: ModelShape) -> WeightSet:
