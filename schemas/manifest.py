@@ -49,6 +49,16 @@ class BlockRecord(Contract):
     ln1_post: bool
     ln2_post: bool
     qk_norm: Literal["none", "head", "all"]
+    stack: Literal["blocks", "encoder", "decoder"] = "blocks"
+    """How its names begin."""
+    post_norm: bool = False
+    """Whether norms stand after each sum."""
+    causal: bool = True
+    """Whether a token attends to none after it."""
+    cross: bool = False
+    """Whether it has attention to the encoder's output."""
+    relative_bias: bool = False
+    """Whether it holds a learned bias of scores by distance."""
 
 
 class ShapeRecord(Contract):
@@ -62,6 +72,12 @@ class ShapeRecord(Contract):
     blocks: Annotated[tuple[BlockRecord, ...], Field(min_length=1)]
     embed_norm: bool
     logit_softcap: float | None
+    final_norm: bool = True
+    token_types: NonNegativeInt = 0
+    """Kinds of segment that the embedding tells apart."""
+    masked_head: bool = False
+    """Whether a layer and a norm stand before the unembedding."""
+    next_sentence: bool = False
 
 
 class TokenTableManifest(Contract):
@@ -82,7 +98,7 @@ class TokenTableManifest(Contract):
     bos_id: int | None
     """Id that stands at position 0 of every sequence, or none."""
     separator_id: int | None
-    """Id that stands after every document in the packed layout, or none."""
+    """Id that stands after every document in the packed layout, or at the end of every sequence of an encoder."""
     pad_id: int | None
     """Id with which TransformerLens pads a short row; known for compat layouts only, never stored."""
     dataset: str

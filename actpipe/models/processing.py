@@ -65,8 +65,8 @@ def check_processable(shape: ModelShape) -> None:
     """
     if not shape.sums_to_logits:
         raise UnsupportedModelError(
-            "weights of encoders and encoder-decoders are not processed, as in TransformerLens: norms stand inside the "
-            "stream; use the weights as they are, and convention='native'"
+            "weights of encoders and encoder-decoders are not processed, as in TransformerLens; use them as they are, "
+            "and convention='native'"
         )
 
 
@@ -75,6 +75,7 @@ def fold_layer_norm(weights: WeightSet, shape: ModelShape) -> WeightSet:
 
     Norms after a branch (`ln1_post`, `ln2_post`) stay: nothing linear follows them.
     """
+    check_processable(shape)
     folded, centered = dict(weights), shape.norm == "LN"
     for layer, block in enumerate(shape.blocks):
         prefix = f"blocks.{layer}."
@@ -112,6 +113,7 @@ def _fold_norm(weights: WeightSet, norm: str, readers: list[str], centered: bool
 
 def center_what_is_written(weights: WeightSet, shape: ModelShape) -> WeightSet:
     """Take the mean over d_model from all that is added to the residual stream; LayerNorm takes it anyway."""
+    check_processable(shape)
     centered = dict(weights)
     names = ["embed.W_E", "pos_embed.W_pos"]
     for layer in range(shape.n_layers):
@@ -131,6 +133,7 @@ def center_unembedding(weights: WeightSet) -> WeightSet:
 
 def fold_biases_of_values(weights: WeightSet, shape: ModelShape) -> WeightSet:
     """Move each head's value bias through W_O into the output bias; patterns sum to 1, so it is constant."""
+    check_processable(shape)
     folded = dict(weights)
     for layer, block in enumerate(shape.blocks):
         prefix = f"blocks.{layer}.attn."
@@ -152,6 +155,7 @@ def refactor_attention(weights: WeightSet, shape: ModelShape) -> WeightSet:
     Raises:
         UnsupportedModelError: Queries are rotated by position, or share keys: then there is no such product.
     """
+    check_processable(shape)
     evened = dict(weights)
     for layer, block in enumerate(shape.blocks):
         if block.rotary or block.n_kv_heads != block.n_heads:
