@@ -42,6 +42,20 @@ def run_analysis(context: RunContext, config: AnalysisConfig, kind: Kind, comput
         return compute(store, ResultWriter(folder, wanted), meter)
 
 
+def require_decoder(context: RunContext, config: AnalysisConfig) -> None:
+    """Refuse an analysis of a model whose tokens see what follows them.
+
+    Raises:
+        RecipeError: Says which analysis and which model.
+    """
+    if not context.spec.shape.causal:
+        family = context.spec.anatomy.family.name
+        raise RecipeError(
+            f"{result_name(config)} is for models that predict the next token, and this {family} model sees a text "
+            "whole; leave the stage out"
+        )
+
+
 def require_hooks(context: RunContext, config: AnalysisConfig, names: Iterable[str]) -> None:
     """Refuse an analysis, before anything runs, whose input will not be stored.
 

@@ -59,6 +59,16 @@ class BlockRecord(Contract):
     """Hook points whose values the block adds to the residual stream."""
     others: tuple[tuple[str, NonNegativeInt], ...]
     """More named outputs, with their lengths."""
+    stack: Literal["blocks", "encoder", "decoder"] = "blocks"
+    """How its names begin."""
+    post_norm: bool = False
+    """Whether norms stand after each sum."""
+    causal: bool = True
+    """Whether a token attends to none after it."""
+    cross: bool = False
+    """Whether it has attention to the encoder's output."""
+    relative_bias: bool = False
+    """Whether it holds a learned bias of scores by distance."""
 
 
 class ShapeRecord(Contract):
@@ -70,11 +80,16 @@ class ShapeRecord(Contract):
     norm: Literal["LN", "RMS"]
     learned_positions: bool
     blocks: Annotated[tuple[BlockRecord, ...], Field(min_length=1)]
-    final_norm: bool
     embed_norm: bool
     logit_softcap: float | None
     withheld: tuple[str, ...]
     """Kinds of hook points that no identity proves for this architecture, and that are not offered."""
+    final_norm: bool = True
+    token_types: NonNegativeInt = 0
+    """Kinds of segment that the embedding tells apart."""
+    masked_head: bool = False
+    """Whether a layer and a norm stand before the unembedding."""
+    next_sentence: bool = False
 
 
 class TokenTableManifest(Contract):
@@ -95,7 +110,7 @@ class TokenTableManifest(Contract):
     bos_id: int | None
     """Id that stands at position 0 of every sequence, or none."""
     separator_id: int | None
-    """Id that stands after every document in the packed layout, or none."""
+    """Id that stands after every document in the packed layout, or at the end of every sequence of an encoder."""
     pad_id: int | None
     """Id with which TransformerLens pads a short row; known for compat layouts only, never stored."""
     dataset: str

@@ -13,6 +13,7 @@ from actpipe.extraction.estimate import estimate, row_bytes
 from actpipe.extraction.layout import check_rows_per_part, plan_store
 from actpipe.extraction.proof import prove_hooks
 from actpipe.extraction.worker import ExtractionWorker
+from actpipe.hooks import ModelShape
 from actpipe.models.loading import resolve_device
 from actpipe.planning import format_bytes, plan_parts
 from actpipe.records import Finding, Part
@@ -33,7 +34,14 @@ class ExtractActivations:
 
     def check(self, context: RunContext) -> None:
         """Refuse names that the model does not have or that are not stored, and parts that cut sequences."""
+        if self.config.metrics and not context.spec.shape.causal:
+            raise RecipeError(
+                f"metrics are of the next token, which a {context.spec.anatomy.family.name} model does not predict for "
+                "a text that it sees whole; leave `metrics` out"
+            )
         for name in context.spec.select(self.config.hooks):
+            if why := context.spec.hook_points[name].not_stored:
+                raise RecipeError(f"{name} cannot be stored: {why}; {_way_out(context.spec.shape)}")
             if given_by := context.spec.hook_points[name].on_request:
                 how = f"store {given_by}, and z W_O gives it" if name.endswith("result") else f"{given_by} holds it"
                 raise RecipeError(f"{name} is never stored: {how}")
@@ -87,6 +95,11 @@ class ExtractActivations:
         ):
             context.engine.run_parts(missing, worker)
         return meter.rate
+
+
+def _way_out(shape: ModelShape) -> str:
+    """Return which names of such a model can be stored."""
+    return "name hooks of `encoder.*`" if shape.encoder_decoder else "name hooks of `blocks.*`"
 
 
 def _describe(store: ActivationStore, rate: float | None) -> Finding:

@@ -10,7 +10,7 @@ import pandas as pd
 import xarray as xr
 from actpipe.schemas.recipe import ScoreHeadsConfig
 
-from actpipe.analysis import require_hooks, run_analysis
+from actpipe.analysis import require_decoder, require_hooks, run_analysis
 from actpipe.compute.heads import MEASURES
 from actpipe.jobs.heads import score_store_heads
 from actpipe.records import Finding
@@ -32,6 +32,7 @@ class ScoreHeads:
 
     def check(self, context: RunContext) -> None:
         """Refuse a store that will lack a layer's patterns."""
+        require_decoder(context, self.config)
         names = context.spec.select(["blocks.*.attn.hook_pattern"])
         require_hooks(context, self.config, names)
 

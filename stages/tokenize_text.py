@@ -19,7 +19,7 @@ from actpipe.telemetry import Meter
 from actpipe.text.compat import Compat, compat_pad_id, tokenize_and_concatenate
 from actpipe.text.documents import Corpus, open_corpus
 from actpipe.text.packing import Packing, pack, split
-from actpipe.text.tokenizing import Tokenizing, check_template, ordinary_ids, repeated_tokens, tokenize
+from actpipe.text.tokenizing import Tokenizing, check_template, frame_of, ordinary_ids, repeated_tokens, tokenize
 
 _PROBLEMS_NAMED = 5
 _SAMPLE_DOCUMENTS = 500
@@ -137,12 +137,13 @@ class TokenizeText:
         packing = Packing(
             context_length=self.config.context_length,
             bos_id=bos_id,
-            separator_id=separator_id,
+            separator_id=separator_id if self.config.layout == "packed" else None,
+            closing_id=separator_id if self.config.layout == "documents" else None,
             stride=self._stride(bos_id),
             max_rows=self.config.max_tokens,
         )
         arrange = pack if self.config.layout == "packed" else split
-        return arrange(self._tokenized(corpus, bos_id, context), packing)
+        return arrange(self._tokenized(corpus, bos_id, packing.closing_id, context), packing)
 
     def _stride(self, bos_id: int | None) -> int | None:
         if self.config.overflow == "truncate":
@@ -150,7 +151,9 @@ class TokenizeText:
         room = self.config.context_length - (bos_id is not None)
         return min(room, self.config.stride or room)
 
-    def _tokenized(self, corpus: Corpus | None, bos_id: int | None, context: RunContext) -> Iterable[TokenizedDocument]:
+    def _tokenized(
+        self, corpus: Corpus | None, bos_id: int | None, closing_id: int | None, context: RunContext
+    ) -> Iterable[TokenizedDocument]:
         d_vocab = context.spec.shape.d_vocab
         if corpus is None:
             source = self.config.synthetic
@@ -169,6 +172,7 @@ class TokenizeText:
             column_type=corpus.column_type,
             d_vocab=d_vocab,
             own_bos_id=context.spec.tokenizer.bos_token_id if is_chat else bos_id,
+            own_closing_id=closing_id,
             chat_template=self.config.dataset.chat_template,
             min_tokens=self.config.min_document_tokens,
             max_tokens=self.config.max_document_tokens,
@@ -203,8 +207,11 @@ class TokenizeText:
 def _special_ids(config: TokenizeTextConfig, context: RunContext) -> tuple[int | None, int | None]:
     """Return the ids of BOS (for every sequence) and of the separator (after every document), or None.
 
-    Where there is no BOS token, EOS stands in for it, as in TransformerLens.
+    Where there is no BOS token, EOS stands in for it, as in TransformerLens. An encoder's sequences stand
+    between what its tokenizer puts around a text.
     """
+    if not context.spec.shape.causal:
+        return _frame(config, context)
     try:
         tokenizer = context.spec.tokenizer
         bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -222,6 +229,32 @@ def _special_ids(config: TokenizeTextConfig, context: RunContext) -> tuple[int |
         raise RecipeError("the packed layout joins documents by EOS, which this tokenizer lacks; use layout: documents")
     bos_id = (eos if bos is None else bos) if wanted else None
     return bos_id, eos if config.layout == "packed" else None
+
+
+def _frame(config: TokenizeTextConfig, context: RunContext) -> tuple[int | None, int | None]:
+    """Return what stands before and after every sequence of an encoder."""
+    family = context.spec.anatomy.family.name
+    if config.layout == "packed":
+        raise RecipeError(
+            f"the packed layout joins documents, and in a {family} model every token sees both its sides; "
+            "use layout: documents"
+        )
+    try:
+        before, after = frame_of(context.spec.tokenizer)
+    except ModelLoadError:
+        if config.dataset is None or config.dataset.column_type != "token_ids":
+            raise
+        before = after = None
+    if config.prepend_bos is True and before is None and after is None:
+        raise RecipeError("prepend_bos: true, but this tokenizer puts nothing around a text")
+    if config.prepend_bos is False:
+        return None, None
+    if config.overflow == "windows" and after is not None:
+        raise RecipeError(
+            f"overflow: windows would put the closing token of a {family} model into the middle of documents; use "
+            "overflow: truncate, or prepend_bos: false for windows without special tokens"
+        )
+    return before, after
 
 
 def _note(record: DocumentRow, problems: dict[str, list[str]], meter: Meter) -> None:

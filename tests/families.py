@@ -8,6 +8,7 @@ import torch
 
 from actpipe.models.hooked_model import HookedModel
 from actpipe.models.loading import ModelSource
+from actpipe.models.model_class import auto_class
 
 _SIZES = {
     "vocab_size": 199,
@@ -42,6 +43,30 @@ _LATENT = {
 }
 _IN_TURN = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
 _FALCON = {**_SIZES, "new_decoder_architecture": False, "multi_query": True, "parallel_attn": True}
+
+_T5 = {
+    "vocab_size": 199,
+    "d_model": 32,
+    "d_kv": 6,
+    "d_ff": 48,
+    "num_layers": 2,
+    "num_decoder_layers": 3,
+    "num_heads": 4,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 10,
+    "decoder_start_token_id": 0,
+}
+_BART = {
+    "vocab_size": 199,
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 40,
+    "max_position_embeddings": 64,
+}
 
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("gpt2", _OLD),
@@ -121,16 +146,31 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "nemotron": ("nemotron", _WITH_HEAD_SIZE),
     "deepseek_v2": ("deepseek_v2", _LATENT),
     "deepseek_v3": ("deepseek_v3", _LATENT),
+    "bert": ("bert", _SIZES),
+    "bert, next sentence": ("bert", {**_SIZES, "architectures": ["BertForPreTraining"]}),
+    "roberta": ("roberta", _SIZES),
+    "xlm-roberta": ("xlm-roberta", _SIZES),
+    "camembert": ("camembert", _SIZES),
+    "distilbert": (
+        "distilbert",
+        {"vocab_size": 199, "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 64},
+    ),
+    "t5": ("t5", _T5),
+    "t5, gated": ("t5", {**_T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
+    "mt5": ("mt5", _T5),
+    "bart": ("bart", _BART),
+    "bart, scaled": ("bart", {**_BART, "scale_embedding": True}),
 }
 
 
 def build(name: str, dtype: torch.dtype = torch.float32) -> HookedModel:
     """Return a tiny model; norms and biases are not those that training begins with."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     model_type, settings = CONFIGS[name]
     torch.manual_seed(0)
-    native = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings)).eval()
+    config = AutoConfig.for_model(model_type, **settings)
+    native = auto_class(config).from_config(config).eval()
     with torch.no_grad():
         for parameter in native.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.2 if parameter.ndim == 1 else 0.1)

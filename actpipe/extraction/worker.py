@@ -139,11 +139,19 @@ class ExtractionWorker:
             padded[number, : len(sequence.ids)] = sequence.ids
         ids = torch.from_numpy(padded)
         self._model.check_ids(ids)
-        self._capture.run(ids.to(self._model.device))
+        self._capture.run(ids.to(self._model.device), **self._padding_of(batch))
         if self._config.metrics:
             self._store_metrics(self._normalized)
         n_rows = sum(count for _, count in self._placement.runs)
         self._writing.put(partial(self._meter.advance, n_rows), 0)
+
+    def _padding_of(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """Return the mask that keeps padding out of sight where tokens see what follows them."""
+        if self._model.shape.causal:
+            return {}
+        lengths = torch.tensor([len(sequence.ids) for sequence in batch.sequences])
+        mask = torch.arange(batch.width) < lengths.unsqueeze(-1)
+        return {"attention_mask": mask.to(self._model.device, torch.long)}
 
     def _take(self, name: str, tensor: torch.Tensor) -> None:
         """Store one activation of the batch; called inside the forward pass."""

@@ -15,6 +15,7 @@ Axis = str
 
 Norm = Literal["LN", "RMS"]
 Mlp = Literal["plain", "gated", "experts", "opaque"]
+Stack = Literal["blocks", "encoder", "decoder"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,26 @@ class BlockShape:
     """What is added to the stream, in order; none where the block does something else to it."""
     others: tuple[tuple[str, int], ...] = ()
     """More outputs of modules by name, with their lengths."""
+    stack: Stack = "blocks"
+    """How its names begin: `encoder` or `decoder` where a model has both."""
+    post_norm: bool = False
+    """Whether norms stand after each sum, as in BERT, and not before each branch."""
+    causal: bool = True
+    """Whether a token attends to none after it."""
+    cross: bool = False
+    """Whether a second attention, between the first and the MLP, looks at the encoder's output."""
+    relative_bias: bool = False
+    """Whether the block holds the learned bias of scores by distance, which its stack shares."""
+
+    @property
+    def mlp_norm(self) -> str:
+        """The norm beside the MLP: the last of the block."""
+        return "ln3" if self.cross else "ln2"
+
+    @property
+    def mlp_stream(self) -> str:
+        """The activation that the MLP's side of the block reads."""
+        return "hook_resid_pre" if self.parallel else "hook_resid_mid_cross" if self.cross else "hook_resid_mid"
 
     def axis_size(self, axis: Axis) -> int:
         """Return the length of an axis that belongs to the block."""
@@ -83,17 +104,45 @@ class ModelShape:
     learned_positions: bool
     """Whether a position embedding is added to the token embedding."""
     blocks: tuple[BlockShape, ...]
-    final_norm: bool = True
     embed_norm: bool = False
     """Whether the embedding passes a norm of its own before the first block."""
     logit_softcap: float | None = None
     withheld: tuple[str, ...] = ()
     """Kinds of hook points that are not offered, as no identity proves them."""
+    final_norm: bool = True
+    """Whether a norm stands after the last block."""
+    token_types: int = 0
+    """Kinds of segment that the embedding tells apart."""
+    masked_head: bool = False
+    """Whether a layer and a norm stand between the last block and the unembedding, as in BERT."""
+    next_sentence: bool = False
+    """Whether a second head says if one sentence follows the other."""
 
     @property
     def n_layers(self) -> int:
-        """Number of blocks."""
+        """Number of blocks; those of the encoder and then those of the decoder where a model has both."""
         return len(self.blocks)
+
+    @property
+    def encoder_decoder(self) -> bool:
+        """Whether the model has an encoder and a decoder."""
+        return self.blocks[0].stack == "encoder"
+
+    @property
+    def causal(self) -> bool:
+        """Whether every block predicts the next token; otherwise there are no next-token metrics."""
+        return all(block.causal for block in self.blocks)
+
+    @property
+    def sums_to_logits(self) -> bool:
+        """Whether what the blocks write adds up to the stream that the final norm and the unembedding read."""
+        return self.causal and not any(block.post_norm for block in self.blocks)
+
+    def block_name(self, layer: int) -> str:
+        """Return how the names of a block begin: `blocks.3`, or `decoder.0` for the first after the encoder's."""
+        stack = self.blocks[layer].stack
+        first = next(number for number, block in enumerate(self.blocks) if block.stack == stack)
+        return f"{stack}.{layer - first}"
 
     @property
     def n_heads(self) -> int:
@@ -117,7 +166,7 @@ class ModelShape:
 
     def axis_size(self, axis: Axis, layer: int | None, context_length: int) -> int:
         """Return the length of a named axis; `key_position` is as long as the context."""
-        sizes = {"one": 1, "d_model": self.d_model, "key_position": context_length}
+        sizes = {"one": 1, "answer": 2, "d_model": self.d_model, "key_position": context_length}
         if axis in sizes or layer is None:
             return sizes[axis]
         return self.blocks[layer].axis_size(axis)
@@ -131,6 +180,7 @@ class HookPoint:
     axes: tuple[Axis, ...]
     """Axes of one row (one token), outermost first."""
     layer: int | None
+    """Number of its block among all blocks of the model."""
     meaning: str
     on_request: str = ""
     """Where a wildcard does not reach, because another name gives it: which."""
@@ -138,11 +188,18 @@ class HookPoint:
     """True where TransformerLens keeps float32 in a half-precision model."""
     integer: bool = False
     """True where values are numbers of something."""
+    not_stored: str = ""
+    """Why a corpus does not give one of it for each token, where it does not."""
 
     @property
     def kind(self) -> str:
         """The name without its layer: `blocks.3.attn.hook_z` is of kind `attn.hook_z`."""
         return self.name.split(".", 2)[2] if self.layer is not None else self.name
+
+    @property
+    def block(self) -> str:
+        """The block as names begin, `blocks.3`; empty outside the blocks."""
+        return self.name[: -len(self.kind) - 1] if self.layer is not None else ""
 
     @property
     def looks_at_keys(self) -> bool:
@@ -158,23 +215,23 @@ class HookPoint:
         return math.prod(self.row_shape(shape, context_length))
 
 
-def build_catalogue(shape: ModelShape) -> dict[str, HookPoint]:
-    """Return every hook point of a decoder of this shape by name, in firing order."""
-    points = [HookPoint("hook_tokens", (), None, "token ids", on_request="tokens/input_ids", integer=True)]
+def decoder_points(shape: ModelShape) -> Iterator[HookPoint]:
+    """Yield every hook point of a decoder of this shape, in firing order."""
+    yield HookPoint("hook_tokens", (), None, "token ids", on_request="tokens/input_ids", integer=True)
     if shape.embed_norm:
-        points.extend(_norm_points("embed.ln", None, "norm of the embedding"))
-    points.append(HookPoint("hook_embed", ("d_model",), None, "token embedding, as the first block gets it"))
+        yield from norm_points("embed.ln", None, "norm of the embedding")
+    yield HookPoint("hook_embed", ("d_model",), None, "token embedding, as the first block gets it")
     if shape.learned_positions:
-        points.append(HookPoint("hook_pos_embed", ("d_model",), None, "position embedding"))
-    for layer, block in enumerate(shape.blocks):
-        points.extend(_block_points(block, layer))
+        yield HookPoint("hook_pos_embed", ("d_model",), None, "position embedding")
+    for layer in range(shape.n_layers):
+        yield from block_points(shape, layer)
     if shape.final_norm:
-        points.extend(_norm_points("ln_final", None, "final norm"))
-    return {point.name: point for point in points if point.kind not in shape.withheld}
+        yield from norm_points("ln_final", None, "final norm")
 
 
-def _block_points(block: BlockShape, layer: int) -> Iterator[HookPoint]:
-    prefix = f"blocks.{layer}."
+def block_points(shape: ModelShape, layer: int) -> Iterator[HookPoint]:
+    """Yield the hook points of a block whose norms stand before its branches."""
+    block, prefix = shape.blocks[layer], f"{shape.block_name(layer)}."
 
     def point(kind: str, axes: tuple[Axis, ...], meaning: str, on_request: str = "") -> HookPoint:
         return HookPoint(prefix + kind, axes, layer, meaning, on_request=on_request)
@@ -184,14 +241,14 @@ def _block_points(block: BlockShape, layer: int) -> Iterator[HookPoint]:
         for kind, axis in _copies(block):
             yield point(kind, (axis, "d_model"), "the block's input, once for each head", f"{prefix}hook_resid_pre")
     if block.ln1:
-        yield from _norm_points(prefix + "ln1", layer, "norm before attention")
+        yield from norm_points(prefix + "ln1", layer, "norm before attention")
     if block.attention:
-        yield from _attention_points(block, prefix, layer)
+        yield from attention_points(block, prefix, layer)
     for kind, _ in block.others:
         length: Axis = "d_model" if kind in block.branches else f"d_{kind}"
         yield point(kind, (length,), f"what {kind.removesuffix('.hook_out')} puts out")
     if block.ln1_post:
-        yield from _norm_points(prefix + "ln1_post", layer, "norm of what attention puts out")
+        yield from norm_points(prefix + "ln1_post", layer, "norm of what attention puts out")
     if "hook_attn_out" in block.branches:
         yield point("hook_attn_out", ("d_model",), "what attention adds to the residual stream")
     yield from _mlp_side(block, prefix, layer)
@@ -208,25 +265,42 @@ def _mlp_side(block: BlockShape, prefix: str, layer: int) -> Iterator[HookPoint]
     def point(kind: str, meaning: str, on_request: str = "") -> HookPoint:
         return HookPoint(prefix + kind, ("d_model",), layer, meaning, on_request=on_request)
 
-    second_input = "hook_resid_pre" if block.parallel else "hook_resid_mid"
     if "hook_mlp_out" in block.branches:
+        after_attention = "cross-attention" if block.cross else "MLP"
         if not block.parallel:
-            yield point("hook_resid_mid", "residual stream between attention and MLP")
-        yield point("hook_mlp_in", "residual stream that the MLP's norm reads", prefix + second_input)
+            yield point("hook_resid_mid", f"residual stream between attention and {after_attention}")
+        if block.cross:
+            yield from cross_points(block, prefix, layer)
+        yield point("hook_mlp_in", "residual stream that the MLP's norm reads", prefix + block.mlp_stream)
     if block.ln2:
-        yield from _norm_points(prefix + "ln2", layer, "norm before the MLP")
-    yield from _mlp_points(block, prefix, layer)
+        yield from norm_points(prefix + block.mlp_norm, layer, "norm before the MLP")
+    yield from mlp_points(block, prefix, layer)
     if block.ln2_post:
-        yield from _norm_points(prefix + "ln2_post", layer, "norm of what the MLP puts out")
+        yield from norm_points(prefix + "ln2_post", layer, "norm of what the MLP puts out")
     if "hook_mlp_out" in block.branches:
         yield point("hook_mlp_out", "what the MLP adds to the residual stream")
 
 
-def _attention_points(block: BlockShape, prefix: str, layer: int) -> Iterator[HookPoint]:
+def cross_points(block: BlockShape, prefix: str, layer: int) -> Iterator[HookPoint]:
+    """Yield the hook points of cross-attention, from the stream that it reads to the one that it leaves."""
+    read = f"{prefix}hook_resid_mid"
+    meaning = "residual stream that cross-attention's norm reads"
+    yield HookPoint(f"{prefix}hook_cross_attn_in", ("d_model",), layer, meaning, on_request=read)
+    if not block.post_norm:
+        yield from norm_points(f"{prefix}ln2", layer, "norm before cross-attention")
+    yield from attention_points(block, prefix, layer, where="cross_attn")
+    yield HookPoint(f"{prefix}hook_cross_attn_out", ("d_model",), layer, "what cross-attention adds to the stream")
+    stream = "residual stream between cross-attention and MLP"
+    yield HookPoint(f"{prefix}hook_resid_mid_cross", ("d_model",), layer, stream)
+
+
+def attention_points(block: BlockShape, prefix: str, layer: int, *, where: str = "attn") -> Iterator[HookPoint]:
+    """Yield the hook points inside an attention module."""
+
     def point(
         kind: str, axes: tuple[Axis, ...], meaning: str, *, float32: bool = False, on_request: str = ""
     ) -> HookPoint:
-        return HookPoint(f"{prefix}attn.{kind}", axes, layer, meaning, on_request=on_request, float32=float32)
+        return HookPoint(f"{prefix}{where}.{kind}", axes, layer, meaning, on_request=on_request, float32=float32)
 
     vector: Axis = "d_head" if block.d_qk == block.d_head else "d_qk"
     if block.projections:
@@ -250,10 +324,14 @@ def _attention_points(block: BlockShape, prefix: str, layer: int) -> Iterator[Ho
     if not block.z:
         return
     yield point("hook_z", ("head", "d_head"), "what W_O multiplies: values mixed by the pattern")
-    yield point("hook_result", ("head", "d_model"), "what each head writes: z W_O", on_request=f"{prefix}attn.hook_z")
+    yield point(
+        "hook_result", ("head", "d_model"), "what each head writes: z W_O", on_request=f"{prefix}{where}.hook_z"
+    )
 
 
-def _mlp_points(block: BlockShape, prefix: str, layer: int) -> Iterator[HookPoint]:
+def mlp_points(block: BlockShape, prefix: str, layer: int) -> Iterator[HookPoint]:
+    """Yield the hook points inside an MLP."""
+
     def point(
         kind: str, axes: tuple[Axis, ...], meaning: str, *, float32: bool = False, integer: bool = False
     ) -> HookPoint:
@@ -272,6 +350,7 @@ def _mlp_points(block: BlockShape, prefix: str, layer: int) -> Iterator[HookPoin
         yield point("hook_expert_indices", ("choice",), "experts that were chosen", integer=True)
 
 
-def _norm_points(prefix: str, layer: int | None, meaning: str) -> Iterator[HookPoint]:
+def norm_points(prefix: str, layer: int | None, meaning: str) -> Iterator[HookPoint]:
+    """Yield the two hook points of a norm."""
     yield HookPoint(f"{prefix}.hook_scale", ("one",), layer, f"{meaning}: divisor", float32=True)
     yield HookPoint(f"{prefix}.hook_normalized", ("d_model",), layer, f"{meaning}: normalized input")

@@ -12,6 +12,7 @@ from actpipe.hooks.naming import get_act_name
 HookName = str | tuple[str, int] | tuple[str, int, str]
 """A full name, a pattern, a short name (`pattern3`), or `("resid_post", 3)`; the last may name a part: `"ln1"`."""
 
+_STACKS = ("blocks", "encoder", "decoder")
 _LAYERS = re.compile(r"\[([^\]]*)\]")
 _ITEM = re.compile(r"(-?\d+)(?:-(\d+))?")
 
@@ -36,7 +37,7 @@ def select_hooks(patterns: Iterable[HookName], catalogue: Mapping[str, HookPoint
     wanted: set[str] = set()
     for written in patterns:
         pattern = _spell_out(written, n_layers)
-        matched = _match(pattern, catalogue, n_layers)
+        matched = _match(pattern, catalogue)
         if not matched:
             raise UnknownHookError(_explain(pattern, catalogue, n_layers))
         wanted.update(matched)
@@ -51,19 +52,24 @@ def _spell_out(written: HookName, n_layers: int) -> str:
     return get_act_name(name, layer + n_layers if layer < 0 else layer, *place)
 
 
-def _match(pattern: str, catalogue: Mapping[str, HookPoint], n_layers: int) -> list[str]:
+def _match(pattern: str, catalogue: Mapping[str, HookPoint]) -> list[str]:
     if pattern in catalogue:
         return [pattern]
     pieces = pattern.split(".")
-    if pieces[0] == "blocks" and len(pieces) > 2:
-        layers = _parse_layers(pieces[1], pattern, n_layers)
+    if pieces[0] in _STACKS and len(pieces) > 2 and (numbers := _numbers_in(pieces[0], catalogue)):
+        layers = {f"{pieces[0]}.{layer}" for layer in _parse_layers(pieces[1], pattern, len(numbers))}
         tails = _glob(".".join(pieces[2:]))
-        candidates = [p for p in catalogue.values() if p.layer in layers and tails.fullmatch(p.kind)]
+        candidates = [p for p in catalogue.values() if p.block in layers and tails.fullmatch(p.kind)]
     else:
         whole = _glob(pattern)
         candidates = [p for p in catalogue.values() if whole.fullmatch(p.name)]
     ordinary = [point.name for point in candidates if not point.on_request]
     return ordinary or [point.name for point in candidates]
+
+
+def _numbers_in(stack: str, catalogue: Mapping[str, HookPoint]) -> set[str]:
+    """Return the blocks of a stack; those of an encoder-decoder are counted apart."""
+    return {point.block for point in catalogue.values() if point.block.startswith(f"{stack}.")}
 
 
 def _glob(text: str) -> re.Pattern[str]:
@@ -97,6 +103,6 @@ def _parse_layers(text: str, pattern: str, n_layers: int) -> set[int]:
 def _explain(pattern: str, catalogue: Mapping[str, HookPoint], n_layers: int) -> str:
     if re.search(r"[^\w.*\[\],-]", pattern):
         return f"hook {pattern!r} has characters that no hook name has; `actpipe hooks MODEL` lists the names"
-    numberless = re.sub(r"^blocks\.[^.]+\.", "blocks.0.", pattern)
+    numberless = re.sub(r"^(blocks|encoder|decoder)\.[^.]+\.", r"\1.0.", pattern)
     hint = did_you_mean(numberless, catalogue)
     return f"no hook of this {n_layers}-layer model matches {pattern!r} (`actpipe hooks MODEL` lists them){hint}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ from transformers import PreTrainedModel
 from actpipe.errors import UnsupportedModelError
 from actpipe.hooks import BlockShape, ModelShape
 from actpipe.models.families.entry import Family, Paths
+from actpipe.models.stacks import HeadParts, Stack, bind_heads, bind_stack
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,20 @@ class Anatomy:
     embed_norm: nn.Module | None
     pos_embed: nn.Module | None
     blocks: tuple[nn.Module, ...]
+    """Those of an encoder and then those of its decoder."""
     final_norm: nn.Module | None
     unembed: nn.Module
+    token_type_embed: nn.Module | None = None
+    decoder: Stack | None = None
+    """What stands around the blocks of the second stack, where there is one."""
+    heads: HeadParts | None = None
+
+    def family_at(self, layer: int) -> Family:
+        """Return the entry that says where the parts of a block are."""
+        if self.family.layers:
+            return self.family.layers[layer]
+        in_decoder = self.decoder is not None and self.shape.blocks[layer].stack == "decoder"
+        return self.decoder.family if in_decoder and self.decoder is not None else self.family
 
     def part(self, layer: int, paths: Paths | None) -> nn.Module:
         """Return a module of one block by its path, or by the first of several that the block has."""
@@ -39,11 +51,7 @@ class Anatomy:
     @property
     def config(self) -> Any:
         """The configuration of the language model, which may be one part of a larger one."""
-        return self.native.config.get_text_config(decoder=True)
-
-    def entry(self, layer: int) -> Family:
-        """Return what is known of one block."""
-        return self.family.layers[layer] if self.family.layers else self.family
+        return language_config(self.native)
 
     @property
     def branch_scale(self) -> float:
@@ -59,6 +67,11 @@ class Anatomy:
     def alibi(self) -> bool:
         """Whether scores are lowered by distance."""
         return self.family.is_alibi(self.config)
+
+
+def language_config(native: PreTrainedModel) -> Any:
+    """Return the part of a model's configuration that is of its language model: all of it, if it has no parts."""
+    return native.config.get_text_config(decoder=True) if native.config.sub_configs else native.config
 
 
 def find_anatomy(native: PreTrainedModel, family: Family) -> Anatomy:
@@ -87,49 +100,66 @@ def find_part(block: nn.Module, paths: Paths | None) -> nn.Module | None:
 
 
 def _bind(family: Family, native: PreTrainedModel) -> Anatomy:
-    base, config = native.base_model, native.config.get_text_config(decoder=True)
-    blocks = tuple(operator.attrgetter(family.blocks)(base))
-    entries = family.layers or (family,) * len(blocks)
+    base, config = native.base_model, language_config(native)
+    if family.task == "masked" and getattr(config, "is_decoder", False):
+        raise UnsupportedModelError(
+            f"this {family.name} model predicts the next token (`is_decoder: true`), and the entry {family.name!r} is "
+            "for encoders; set it to false in config.json if the model attends to both sides"
+        )
+    first = bind_stack(family, base)
+    decoder = None if family.decoder is None else bind_stack(family.decoder, base)
+    stacks = (first,) if decoder is None else (first, decoder)
+    blocks = tuple(block for stack in stacks for block in stack.blocks)
+    entries = family.layers or tuple(stack.family for stack in stacks for _ in stack.blocks)
     if len(entries) != len(blocks):
         raise AttributeError(f"{len(entries)} layers were looked at, and the model has {len(blocks)}")
     unembed = native.get_output_embeddings()
     if unembed is None:
         raise UnsupportedModelError(f"{type(native).__name__} has no unembedding; load a causal language model")
+    token_types = base.get_submodule(family.token_type_embed) if family.token_type_embed else None
+    heads = None if family.heads is None else bind_heads(family.heads, native)
     shape = ModelShape(
         d_model=int(config.hidden_size),
         d_vocab=int(matrix(unembed).shape[1]),
-        n_ctx=_context(config),
+        n_ctx=_context(config, first),
         norm=family.norm,
         learned_positions=family.pos_embed is not None,
         blocks=tuple(_measure(entry, config, block) for entry, block in zip(entries, blocks, strict=True)),
-        final_norm=family.final_norm is not None,
         embed_norm=family.embed_norm is not None,
         logit_softcap=getattr(config, "final_logit_softcapping", None),
+        final_norm=family.final_norm is not None,
+        token_types=0 if token_types is None else int(matrix(token_types).shape[1]),
+        masked_head=heads is not None,
+        next_sentence=heads is not None and heads.next_sentence is not None,
         withheld=tuple(family.withheld),
     )
     return Anatomy(
         family=family,
         native=native,
         shape=shape,
-        embed=base.get_submodule(family.embed),
-        embed_norm=base.get_submodule(family.embed_norm) if family.embed_norm else None,
-        pos_embed=base.get_submodule(family.pos_embed) if family.pos_embed else None,
+        embed=first.embed,
+        embed_norm=first.embed_norm,
+        pos_embed=first.pos_embed,
         blocks=blocks,
-        final_norm=base.get_submodule(family.final_norm) if family.final_norm else None,
+        final_norm=first.final_norm,
         unembed=unembed,
+        token_type_embed=token_types,
+        decoder=decoder,
+        heads=heads,
     )
 
 
-def _context(config: Any) -> int:
+def _context(config: Any, stack: Stack) -> int:
     """Return the positions that a model was made for; ALiBi models name a length without being bound to it."""
-    for name in ("max_position_embeddings", "max_seq_len", "seq_length"):
-        if getattr(config, name, None):
-            return int(getattr(config, name))
-    return 2048
+    names = ("max_position_embeddings", "max_seq_len", "seq_length")
+    length = next((int(getattr(config, name)) for name in names if getattr(config, name, None)), 2048)
+    table = getattr(stack.pos_embed, "weight", None)
+    return length if table is None else min(length, len(table) - stack.family.position_offset(config))
 
 
 def _measure(family: Family, config: Any, block: nn.Module) -> BlockShape:
-    for path in (family.attention, family.out, family.mlp, *family.others.values()):
+    cross = (family.cross.attention,) if family.cross else ()
+    for path in (family.attention, family.out, family.mlp, *family.others.values(), *cross):
         if path is not None:
             block.get_submodule(path)
     heads = family.n_heads(config)
@@ -137,9 +167,10 @@ def _measure(family: Family, config: Any, block: nn.Module) -> BlockShape:
     d_head = input_size(out) // heads if out is not None else _head_size(config, heads)
     dense = find_part(block, family.w_out)
     router = find_part(block, family.router)
-    mlp = "experts" if router is not None else "opaque" if dense is None else "gated" if family.w_gate else "plain"
+    gated = family.gate(config) is not None
+    mlp = "experts" if router is not None else "opaque" if dense is None else "gated" if gated else "plain"
     normed = find_part(block, family.q_norm) is not None
-    for name in ("ln1", "ln2", "ln1_post", "ln2_post"):
+    for name in ("ln1", "ln2", "ln3", "ln1_post", "ln2_post"):
         paths = getattr(family, name)
         if paths is not None and find_part(block, paths) is None:
             raise AttributeError(f"{type(block).__name__} has no {paths}")
@@ -160,6 +191,11 @@ def _measure(family: Family, config: Any, block: nn.Module) -> BlockShape:
         ln1_post=family.ln1_post is not None,
         ln2_post=family.ln2_post is not None,
         qk_norm="none" if not normed else "all" if family.qk_norm_input == "all_heads" else "head",
+        stack=family.stack,
+        post_norm=family.post_norm,
+        causal=family.causal,
+        cross=family.cross is not None,
+        relative_bias=find_part(block, family.relative_bias) is not None,
         attention=family.attention is not None,
         z=family.out is not None,
         gated_z=family.gated_z,

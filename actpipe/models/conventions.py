@@ -17,6 +17,7 @@ import torch
 from actpipe.errors import UnsupportedModelError
 from actpipe.hooks import HookPoint
 from actpipe.models.anatomy import Anatomy
+from actpipe.models.processing import check_processable
 from actpipe.models.taps import Tap, tap_before_affine
 from actpipe.models.weights import Weights
 
@@ -31,6 +32,7 @@ class Processed:
     """Turns taps of the native model into taps of the processed one."""
 
     def __init__(self, anatomy: Anatomy, weights: Weights) -> None:
+        check_processable(anatomy.shape)
         if anatomy.shape.embed_norm:
             raise UnsupportedModelError(
                 f"the processed convention is not offered for {anatomy.family.name}: its embedding passes a norm, "

@@ -249,7 +249,7 @@ def _refuse_read_only(anatomy: Anatomy, point: HookPoint) -> None:
         instead = "hook_rot_q and hook_rot_k are what they lead to"
     elif kind == "attn.hook_z_ungated":
         instead = "hook_z follows it"
-    elif layer is not None and anatomy.entry(layer).sees_attention_by == "softmax" and kind in _AT_ATTENTION:
+    elif layer is not None and anatomy.family_at(layer).sees_attention_by == "softmax" and kind in _AT_ATTENTION:
         instead = "" if kind == "attn.hook_pattern" else "hook_q, hook_k and hook_pattern can be replaced"
     elif kind == "hook_mlp_in" and layer is not None and anatomy.shape.blocks[layer].parallel:
         instead = "hook_resid_pre changes it together with attention's input"

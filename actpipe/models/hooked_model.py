@@ -15,6 +15,7 @@ from actpipe.hooks import HookName, HookPoint, ModelShape, build_catalogue, sele
 from actpipe.models.anatomy import Anatomy, find_anatomy
 from actpipe.models.capture import Capture, Sink
 from actpipe.models.conventions import Convention, Processed
+from actpipe.models.encoder_inputs import add_encoder_inputs
 from actpipe.models.families.entry import Family
 from actpipe.models.loading import (
     ModelSource,
@@ -191,6 +192,9 @@ class HookedModel:
         input_ids: InputIds,
         attention_mask: InputIds | None = None,
         names: Iterable[HookName] | None = None,
+        *,
+        token_type_ids: InputIds | None = None,
+        decoder_input_ids: InputIds | None = None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Run the model and keep named activations.
 
@@ -199,11 +203,14 @@ class HookedModel:
             attention_mask: `(batch, position)`, 1 at real tokens. Positions count real tokens only.
             names: Names, patterns or short names (`"k6"`, `("resid_post", -1)`); all hook points by
                 default, but for those that another gives (`hook_result`, `hook_q_input`, `hook_mlp_in`).
+            token_type_ids: Segment of each token, for models that tell segments apart (BERT); all 0 by default.
+            decoder_input_ids: `(batch, position)` for encoder-decoders (T5, BART); by default the one token with
+                which the decoder starts.
 
         Returns:
-            Logits `(batch, position, d_vocab)`, and a dict from name to tensor in firing order, with
-            TransformerLens' shapes: `(batch, position, ...)`, scores and patterns
-            `(batch, head, query_position, key_position)`.
+            Logits `(batch, position, d_vocab)`, an encoder-decoder's at the decoder's positions; and a dict
+            from name to tensor in firing order, with TransformerLens' shapes: `(batch, position, ...)`,
+            scores and patterns `(batch, head, query_position, key_position)`.
 
         Raises:
             UnknownHookError: A name means nothing for this model.
@@ -216,31 +223,52 @@ class HookedModel:
             kept[name] = tensor.clone()
 
         with torch.no_grad(), self.capture(selected, keep, stop=False) as capture:
-            output = capture.run(**self._inputs(input_ids, attention_mask))
+            output = capture.run(**self._inputs(input_ids, attention_mask, token_type_ids, decoder_input_ids))
         cache = {name: kept[name] for name in selected}
         for name in selected:
             if self.hook_points[name].looks_at_keys:
                 cache[name] = cache[name].transpose(1, 2)
-        return self._conventional(output.logits), cache
+        return self._conventional(_logits(output)), cache
 
     def _conventional(self, logits: torch.Tensor) -> torch.Tensor:
         return logits if self._processed is None else self._processed.logits(logits)
 
-    def forward(self, input_ids: InputIds, attention_mask: InputIds | None = None) -> torch.Tensor:
-        """Return the logits `(batch, position, d_vocab)`, as the bare model computes them."""
+    def forward(
+        self,
+        input_ids: InputIds,
+        attention_mask: InputIds | None = None,
+        *,
+        token_type_ids: InputIds | None = None,
+        decoder_input_ids: InputIds | None = None,
+    ) -> torch.Tensor:
+        """Return the logits `(batch, position, d_vocab)`, as the bare model computes them; see `run_with_cache`."""
+        inputs = self._inputs(input_ids, attention_mask, token_type_ids, decoder_input_ids)
         with torch.no_grad():
-            output = self.native(use_cache=False, **self._inputs(input_ids, attention_mask))
-        return self._conventional(output.logits)
+            output = self.native(use_cache=False, **inputs)
+        return self._conventional(_logits(output))
 
     def unembed(self, normalized: torch.Tensor) -> torch.Tensor:
-        """Return the logits of final-norm outputs `(..., d_model)`, as the model's head computes them."""
+        """Return the logits of `UNEMBED_INPUT` `(..., d_model)`, as the model's head computes them."""
         logits: torch.Tensor = self.anatomy.unembed(normalized)
         if self.anatomy.logit_scale != 1.0:
             logits = logits * self.anatomy.logit_scale
+        if self.anatomy.family.logit_bias is not None:
+            logits = logits + self.weights["unembed.b_U"]
         cap = self.shape.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
-    def _inputs(self, input_ids: InputIds, attention_mask: InputIds | None) -> dict[str, torch.Tensor]:
+    def _inputs(
+        self,
+        input_ids: InputIds,
+        attention_mask: InputIds | None,
+        token_type_ids: InputIds | None = None,
+        decoder_input_ids: InputIds | None = None,
+    ) -> dict[str, torch.Tensor]:
+        inputs = self._ids_and_mask(input_ids, attention_mask)
+        add_encoder_inputs(inputs, self.anatomy, token_type_ids, decoder_input_ids)
+        return inputs
+
+    def _ids_and_mask(self, input_ids: InputIds, attention_mask: InputIds | None) -> dict[str, torch.Tensor]:
         ids = _as_tensor(input_ids)
         ids = ids[None] if ids.ndim == 1 else ids
         self.check_ids(ids)
@@ -269,6 +297,12 @@ class HookedModel:
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= self.shape.d_vocab:
             raise ValueError(f"token id {low if low < 0 else high} is outside the vocabulary of {self.shape.d_vocab}")
+
+
+def _logits(output: Any) -> torch.Tensor:
+    """Return the logits over the vocabulary, which a model with a second head names otherwise."""
+    logits: torch.Tensor = output.prediction_logits if hasattr(output, "prediction_logits") else output.logits
+    return logits
 
 
 def _as_tensor(ids: InputIds) -> torch.Tensor:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from actpipe.models.hooked_model import HookedModel
-from actpipe.models.laws import Law, all_laws
+from actpipe.models.law import Law
+from actpipe.models.laws import all_laws
 from actpipe.models.probe import Probe
 
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}

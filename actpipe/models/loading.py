@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from actpipe.errors import ModelLoadError, RecipeError, did_you_mean
+from actpipe.models.model_class import auto_class
 from actpipe.schemas.manifest import ModelIdentity
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf")
@@ -98,9 +99,7 @@ def load_skeleton(source: ModelSource, config: Any) -> PreTrainedModel:
     """Build the model without weights: its modules, on the meta device, cost next to nothing."""
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, trust_remote_code=source.trust_remote_code
-            )
+            model: PreTrainedModel = auto_class(config).from_config(config, trust_remote_code=source.trust_remote_code)
     except ValueError as error:
         raise ModelLoadError(_explain(source, "structure", error)) from error
     return model.eval()
@@ -109,18 +108,31 @@ def load_skeleton(source: ModelSource, config: Any) -> PreTrainedModel:
 def load_native(
     source: ModelSource, *, dtype: str, device: str, device_map: str | dict[str, int | str] | None
 ) -> PreTrainedModel:
-    """Load a causal language model with its weights, ready to run and never to train."""
+    """Load a language model with its weights, ready to run and never to train."""
+    config = load_config(source)
     placed: dict[str, Any] = {} if device_map is None else {"device_map": device_map}
     try:
         with _bars_on_terminals_only():
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-                source.location, dtype=dtype, **placed, **source.options()
+            model: PreTrainedModel
+            model, report = auto_class(config).from_pretrained(
+                source.location, dtype=dtype, output_loading_info=True, **placed, **source.options()
             )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelLoadError(_explain(source, "weights", error)) from error
+    _refuse_random_weights(source, model, sorted(report["missing_keys"]))
     if device_map is None:
         model = model.to(resolve_device(device))
     return model.eval().requires_grad_(False)
+
+
+def _refuse_random_weights(source: ModelSource, model: PreTrainedModel, missing: list[str]) -> None:
+    """Refuse a model of which the checkpoint lacks a part, which transformers would draw at random."""
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ModelLoadError(
+            f"the weights of model {source.name!r} lack {missing[0]}{more} of {type(model).__name__}, which would be "
+            "random; take a checkpoint that has its language-modelling head, or set `architectures` in its config.json"
+        )
 
 
 @contextmanager

@@ -39,7 +39,11 @@ def process_weights(
         center_unembed: Take the mean over the vocabulary from the unembedding.
         fold_value_biases: Move value biases into the output bias.
         refactor_factored_attn_matrices: Make W_Q and W_K, W_V and W_O even factors of their products.
+
+    Raises:
+        UnsupportedModelError: It is an encoder or an encoder-decoder, of which TransformerLens processes no weights.
     """
+    check_processable(shape)
     if fold_ln and not any(block.mlp in ("experts", "opaque") for block in shape.blocks):
         weights = fold_layer_norm(weights, shape)
     if center_writing_weights and shape.norm == "LN":
@@ -53,11 +57,25 @@ def process_weights(
     return weights
 
 
+def check_processable(shape: ModelShape) -> None:
+    """Refuse models in which what is written to the stream does not add up to what the unembedding reads.
+
+    Raises:
+        UnsupportedModelError: It is an encoder or an encoder-decoder.
+    """
+    if not shape.sums_to_logits:
+        raise UnsupportedModelError(
+            "weights of encoders and encoder-decoders are not processed, as in TransformerLens; use them as they are, "
+            "and convention='native'"
+        )
+
+
 def fold_layer_norm(weights: WeightSet, shape: ModelShape) -> WeightSet:
     """Fold each norm before a projection into that projection; LayerNorm's bias and centring too.
 
     Norms after a branch (`ln1_post`, `ln2_post`) stay: nothing linear follows them.
     """
+    check_processable(shape)
     folded, centered = dict(weights), shape.norm == "LN"
     for layer, block in enumerate(shape.blocks):
         prefix = f"blocks.{layer}."
@@ -95,6 +113,7 @@ def _fold_norm(weights: WeightSet, norm: str, readers: list[str], centered: bool
 
 def center_what_is_written(weights: WeightSet, shape: ModelShape) -> WeightSet:
     """Take the mean over d_model from all that is added to the residual stream; LayerNorm takes it anyway."""
+    check_processable(shape)
     centered = dict(weights)
     names = ["embed.W_E", "pos_embed.W_pos"]
     for layer in range(shape.n_layers):
@@ -114,6 +133,7 @@ def center_unembedding(weights: WeightSet) -> WeightSet:
 
 def fold_biases_of_values(weights: WeightSet, shape: ModelShape) -> WeightSet:
     """Move each head's value bias through W_O into the output bias; patterns sum to 1, so it is constant."""
+    check_processable(shape)
     folded = dict(weights)
     for layer, block in enumerate(shape.blocks):
         prefix = f"blocks.{layer}.attn."
@@ -135,6 +155,7 @@ def refactor_attention(weights: WeightSet, shape: ModelShape) -> WeightSet:
     Raises:
         UnsupportedModelError: Queries are rotated by position, or share keys: then there is no such product.
     """
+    check_processable(shape)
     evened = dict(weights)
     for layer, block in enumerate(shape.blocks):
         if block.rotary or block.n_kv_heads != block.n_heads:

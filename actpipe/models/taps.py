@@ -13,7 +13,7 @@ from torch import nn
 from actpipe.hooks import BlockShape, HookPoint
 from actpipe.models.anatomy import Anatomy, matrix, norm_epsilon
 from actpipe.models.attention import AttentionSeen
-from actpipe.models.families.entry import Family, Layout
+from actpipe.models.families.entry import CrossAttention, Family, Layout
 from actpipe.models.families.fused import Part, split_branch, split_heads
 
 Side = Literal["input", "output", "attention", "own_attention"]
@@ -38,8 +38,10 @@ class Tap:
     """Which one to take where a module returns several."""
 
 
+_SAME_STREAM = {"hook_cross_attn_in": "hook_resid_mid"}
+
 UNEMBED_INPUT = "unembed.hook_in"
-"""What the unembedding multiplies: the final norm's output, weight and bias included."""
+"""What the unembedding multiplies: the last norm's output, weight and bias included."""
 
 
 def unembed_input_tap(anatomy: Anatomy) -> Tap:
@@ -64,6 +66,9 @@ def _batched(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _outside_blocks(anatomy: Anatomy, name: str) -> Tap:
+    found = _around_encoder(anatomy, name)
+    if found is not None:
+        return found
     if name == "hook_tokens":
         return Tap(name, anatomy.embed, "input", _same)
     if name == "hook_embed":
@@ -76,8 +81,27 @@ def _outside_blocks(anatomy: Anatomy, name: str) -> Tap:
     if name.startswith("embed.ln."):
         assert anatomy.embed_norm is not None
         return _norm_tap(anatomy, name, anatomy.embed_norm)
-    assert anatomy.final_norm is not None
-    return _norm_tap(anatomy, name, anatomy.final_norm)
+    final_norm = anatomy.decoder.final_norm if anatomy.decoder and name.startswith("decoder") else anatomy.final_norm
+    assert final_norm is not None
+    return _norm_tap(anatomy, name, final_norm)
+
+
+def _around_encoder(anatomy: Anatomy, name: str) -> Tap | None:
+    """Return where the names of an encoder's embedding and heads are read; None for others."""
+    heads = anatomy.heads
+    if name == "hook_full_embed":
+        return Tap(name, anatomy.blocks[0], "input", _same)
+    places = {
+        "embed.hook_embed": anatomy.embed,
+        "embed.hook_pos_embed": anatomy.pos_embed,
+        "embed.hook_token_type_embed": anatomy.token_type_embed,
+        "pooler.hook_pooler_out": heads and heads.pooler,
+        "nsp_head.hook_nsp_out": heads and heads.next_sentence,
+    }
+    module = places.get(name)
+    if module is not None:
+        return Tap(name, module, "output", _same)
+    return _norm_tap(anatomy, name, heads.norm) if heads and name.startswith("mlm_head.ln.") else None
 
 
 @dataclass(frozen=True)
@@ -89,17 +113,19 @@ class _InBlock:
     name: str
 
     def tap(self, kind: str) -> Tap:
-        if kind in self.entry.others:
+        if kind in self._family.others:
             scale = self.anatomy.branch_scale if kind in self._block.branches else 1.0
-            return self._at(self._part(self.entry.others[kind]), "output", partial(_times, factor=scale))
+            return self._at(self._part(self._family.others[kind]), "output", partial(_times, factor=scale))
         prefix, _, what = kind.rpartition(".")
         if prefix.startswith("ln"):
-            norm = self.anatomy.part(self.layer, getattr(self.entry, prefix))
-            return _norm_tap(self.anatomy, self.name, norm, flat=prefix == "ln2" and self.entry.flat_mlp)
+            norm = self._part(getattr(self._family, prefix))
+            return _norm_tap(self.anatomy, self.name, norm, flat=prefix == "ln2" and self._family.flat_mlp)
         if prefix in ("attn.q_norm", "attn.k_norm"):
             return self._qk_norm(prefix.removeprefix("attn."), what)
-        if prefix == "attn":
-            return self._attention(what.removeprefix("hook_"))
+        if prefix in ("attn", "cross_attn"):
+            paths = self._family if prefix == "attn" else self._family.cross
+            assert paths is not None
+            return self._attention(what.removeprefix("hook_"), paths)
         return self._mlp(what) if prefix == "mlp" else self._stream(what)
 
     def _at(
@@ -108,38 +134,51 @@ class _InBlock:
         return Tap(self.name, module, side, read, flat)
 
     @property
-    def entry(self) -> Family:
-        """What is known of the block."""
-        return self.anatomy.entry(self.layer)
-
-    @property
     def _block(self) -> BlockShape:
         return self.anatomy.shape.blocks[self.layer]
+
+    @property
+    def _family(self) -> Family:
+        return self.anatomy.family_at(self.layer)
 
     def _part(self, paths: Any) -> nn.Module:
         return self.anatomy.part(self.layer, paths)
 
     def _stream(self, kind: str) -> Tap:
-        family, block = self.entry, self.anatomy.blocks[self.layer]
+        family, block = self._family, self.anatomy.blocks[self.layer]
         scaled = partial(_times, factor=self.anatomy.branch_scale)
-        if kind == "hook_resid_post":
-            return self._at(block, "output")
         if kind == "hook_attn_out":
             return self._at(self._part(family.attn_out or family.ln1_post or family.attention), "output", scaled)
+        if kind == "hook_cross_attn_out":
+            assert family.cross is not None
+            return self._at(self._part(family.cross.attention), "output", scaled)
         if kind == "hook_mlp_out":
             return self._at(self._part(family.ln2_post or family.mlp), "output", scaled, flat=family.flat_mlp)
-        if kind == "hook_resid_mid" or (kind == "hook_mlp_in" and not self._block.parallel):
-            flat = family.flat_mlp
-            return self._at(self._part(family.ln2 or family.mlp), "input", flat=flat)
+        if kind == "hook_normalized_resid_post" or (kind == "hook_resid_post" and not family.post_norm):
+            return self._at(block, "output")
+        norm = self._norm_that_reads(_SAME_STREAM.get(kind, self._block.mlp_stream if kind == "hook_mlp_in" else kind))
+        if norm is not None:
+            return self._at(self._part(norm), "input", flat=family.flat_mlp)
         if kind in ("hook_resid_pre", "hook_mlp_in"):
             return self._at(block, "input")
         n_copies = self._block.n_kv_heads if kind in ("hook_k_input", "hook_v_input") else self._block.n_heads
         return self._at(block, "input", partial(_copies, n_copies=n_copies))
 
+    def _norm_that_reads(self, stream: str) -> Any:
+        """Return the path of the norm, or else the MLP, whose input is a stream inside the block; None for others."""
+        family = self._family
+        if stream == "hook_resid_post":
+            return family.ln3 or family.ln2
+        if stream == "hook_resid_mid_cross":
+            return family.ln2 if family.post_norm else family.ln3
+        if stream == "hook_resid_mid":
+            return family.ln1 if family.post_norm else family.ln2 or family.mlp
+        return None
+
     def _mlp(self, kind: str) -> Tap:
-        family, config = self.entry, self.anatomy.config
+        family, config = self._family, self.anatomy.config
         if kind in ("hook_pre", "hook_pre_linear"):
-            projection = family.w_in if kind == "hook_pre_linear" else family.w_gate or family.w_in
+            projection = family.w_in if kind == "hook_pre_linear" else family.gate(config) or family.w_in
             assert projection is not None
             branch = partial(split_branch, layout=projection.layout_in(config))
             return self._at(self._part(projection.module), "output", branch, flat=family.flat_mlp)
@@ -151,28 +190,28 @@ class _InBlock:
         read = _same if kind == "hook_router_logits" else _SCORED[family.router_scores]
         return Tap(self.name, router, "output", read, flat=True)
 
-    def _attention(self, what: str) -> Tap:
-        family, block = self.entry, self._block
-        projection = getattr(family, what, None) if what in ("q", "k", "v") else None
+    def _attention(self, what: str, paths: Family | CrossAttention) -> Tap:
+        block = self._block
+        projection = getattr(paths, what, None) if what in ("q", "k", "v") else None
         if projection is not None:
             layout = projection.layout_in(self.anatomy.config)
             read = partial(_read_projection, layout=layout, part=cast(Part, what), block=block)
             return self._at(self._part(projection.module), "output", read)
         if what in ("z", "result"):
-            out = self._part(family.out)
+            out = self._part(paths.out)
             if what == "z":
                 return self._at(out, "input", partial(_read_z, n_heads=block.n_heads))
             scale = self.anatomy.branch_scale
             return self._at(out, "input", partial(_read_result, out=out, n_heads=block.n_heads, scale=scale))
-        attention = self._part(family.attention)
-        side: Side = "attention" if family.sees_attention_by == "interface" else "own_attention"
+        attention = self._part(paths.attention)
+        side: Side = "attention" if self._family.sees_attention_by == "interface" else "own_attention"
         if what in ("v", "rot_k"):
             read = partial(_read_value if what == "v" else _read_key, block=block)
             return self._at(attention, side, read)
         return self._at(attention, side, _FROM_ATTENTION[what])
 
     def _qk_norm(self, which: str, what: str) -> Tap:
-        family = self.entry
+        family = self._family
         norm = self._part(getattr(family, which))
         swap = family.qk_norm_input == "heads_first"
         leaf = next(module for module in norm.modules() if not list(module.children()))

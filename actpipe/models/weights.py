@@ -16,10 +16,11 @@ from torch import nn
 
 from actpipe.errors import UnknownHookError, did_you_mean
 from actpipe.models.anatomy import Anatomy, matrix
-from actpipe.models.families.entry import Projection
+from actpipe.models.encoder_weights import outside_blocks
+from actpipe.models.families.entry import CrossAttention, Family, Projection
 from actpipe.models.families.fused import Part, split_branch, split_heads
 
-_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
+_BLOCK = re.compile(r"((?:blocks|encoder|decoder)\.\d+)\.(.+)")
 
 
 class Weights:
@@ -40,8 +41,9 @@ class Weights:
             UnknownHookError: The model has no parameter of that name.
         """
         found = _BLOCK.fullmatch(name)
-        if found and int(found.group(1)) < self._shape.n_layers:
-            getters = self._of_block(int(found.group(1)))
+        layers = {self._shape.block_name(layer): layer for layer in range(self._shape.n_layers)}
+        if found and found.group(1) in layers:
+            getters = self._of_block(layers[found.group(1)])
             key = found.group(2)
         else:
             getters, key = self._outside_blocks(), name
@@ -58,7 +60,7 @@ class Weights:
         for layer in range(self._shape.n_layers):
             getters = self._of_block(layer)
             shared = {name.replace("._", ".") for name in getters if "._" in name}
-            found += [f"blocks.{layer}.{name}" for name in getters if name not in shared]
+            found += [f"{self._shape.block_name(layer)}.{name}" for name in getters if name not in shared]
         return found
 
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -68,6 +70,8 @@ class Weights:
     def _outside_blocks(self) -> dict[str, Callable[[], torch.Tensor]]:
         anatomy, config = self._anatomy, self._anatomy.config
         embed_scale, logit_scale = float(anatomy.family.embed_scale(config)), anatomy.logit_scale
+        if anatomy.shape.encoder_decoder or not anatomy.shape.causal:
+            return outside_blocks(anatomy, self._norm)
         getters: dict[str, Callable[[], torch.Tensor]] = {
             "embed.W_E": lambda: _times(_tensor(anatomy.embed, "weight"), embed_scale),
             "unembed.W_U": lambda: _times(matrix(anatomy.unembed), logit_scale),
@@ -79,48 +83,57 @@ class Weights:
             getters |= self._norm("embed.ln", anatomy.embed_norm)
         if anatomy.pos_embed is not None:
             name = "weight" if hasattr(anatomy.pos_embed, "weight") else "weights"
-            getters["pos_embed.W_pos"] = lambda: _tensor(anatomy.pos_embed, name)[anatomy.family.pos_embed_offset :]
+            offset = anatomy.family.position_offset(config)
+            getters["pos_embed.W_pos"] = lambda: _tensor(anatomy.pos_embed, name)[offset:]
         return getters
 
     def _of_block(self, layer: int) -> dict[str, Callable[[], torch.Tensor]]:
-        anatomy, family, block = self._anatomy, self._anatomy.entry(layer), self._shape.blocks[layer]
+        anatomy, family, block = self._anatomy, self._anatomy.family_at(layer), self._shape.blocks[layer]
         scale = anatomy.branch_scale
-        getters = self._attention(layer) if block.attention and block.z else {}
-        for name in ("ln1", "ln2", "ln1_post", "ln2_post"):
-            if getattr(block, name):
+        getters = self._attention(layer, "attn", family) if block.attention and block.z else {}
+        if family.cross is not None:
+            getters |= self._attention(layer, "cross_attn", family.cross)
+        for name in ("ln1", "ln2", "ln3", "ln1_post", "ln2_post"):
+            if getattr(family, name) is not None:
                 getters |= self._norm(name, anatomy.part(layer, getattr(family, name)))
+        if block.relative_bias:
+            table = anatomy.part(layer, family.relative_bias or "")
+            getters["attn.rel_pos_bias.weight"] = lambda: _tensor(table, "weight")
         if block.mlp in ("plain", "gated"):
-            w_out = anatomy.part(layer, family.w_out)
+            w_out, gate = anatomy.part(layer, family.w_out), family.gate(anatomy.config)
             if family.w_in is not None:
                 getters |= self._branch("in", layer, family.w_in)
             getters["mlp.W_out"] = lambda: _times(matrix(w_out), scale)
             getters["mlp.b_out"] = lambda: _times(_bias(w_out), scale)
-            if family.w_gate is not None:
-                getters |= self._branch("gate", layer, family.w_gate)
+            if gate is not None:
+                getters |= self._branch("gate", layer, gate)
         elif block.mlp == "experts":
             router = anatomy.part(layer, family.router or "")
             getters["mlp.W_router"] = lambda: matrix(router)
             getters["mlp.b_router"] = lambda: _bias(router)
         return getters
 
-    def _attention(self, layer: int) -> dict[str, Callable[[], torch.Tensor]]:
-        anatomy, family, block = self._anatomy, self._anatomy.entry(layer), self._shape.blocks[layer]
-        out, scale = anatomy.part(layer, family.out), anatomy.branch_scale
+    def _attention(
+        self, layer: int, where: str, paths: Family | CrossAttention
+    ) -> dict[str, Callable[[], torch.Tensor]]:
+        anatomy, block = self._anatomy, self._shape.blocks[layer]
+        out, scale = anatomy.part(layer, paths.out), anatomy.branch_scale
         getters: dict[str, Callable[[], torch.Tensor]] = {
-            "attn.W_O": lambda: _times(rearrange(matrix(out), "(h d) m -> h d m", h=block.n_heads), scale),
-            "attn.b_O": lambda: _times(_bias(out), scale),
+            f"{where}.W_O": lambda: _times(rearrange(matrix(out), "(h d) m -> h d m", h=block.n_heads), scale),
+            f"{where}.b_O": lambda: _times(_bias(out), scale),
         }
         if block.projections:
             for which in ("q", "k", "v"):
-                getters[f"attn.W_{which.upper()}"] = partial(self._heads, layer, which, "weight")
-                getters[f"attn.b_{which.upper()}"] = partial(self._heads, layer, which, "bias")
+                heads = partial(self._heads, layer, which, getattr(paths, which))
+                getters[f"{where}.W_{which.upper()}"] = partial(heads, "weight")
+                getters[f"{where}.b_{which.upper()}"] = partial(heads, "bias")
                 if which != "q" and block.n_kv_heads != block.n_heads:
-                    getters[f"attn._W_{which.upper()}"] = partial(self._heads, layer, which, "weight", repeat=False)
-                    getters[f"attn._b_{which.upper()}"] = partial(self._heads, layer, which, "bias", repeat=False)
-        if block.qk_norm != "none":
+                    getters[f"{where}._W_{which.upper()}"] = partial(heads, "weight", repeat=False)
+                    getters[f"{where}._b_{which.upper()}"] = partial(heads, "bias", repeat=False)
+        if where == "attn" and block.qk_norm != "none":
             getters |= self._qk_norms(layer)
-        if family.sinks is not None:
-            read_sinks = operator.attrgetter(family.sinks)
+        if where == "attn" and anatomy.family.sinks is not None:
+            read_sinks = operator.attrgetter(anatomy.family.sinks)
             getters["attn.sinks"] = lambda: read_sinks(anatomy.blocks[layer])
         return getters
 
@@ -141,7 +154,7 @@ class Weights:
 
     def _qk_norms(self, layer: int) -> dict[str, Callable[[], torch.Tensor]]:
         """Return weights of the norms of queries and keys; one row per head where heads have their own."""
-        family, block, offset = self._anatomy.entry(layer), self._shape.blocks[layer], self._anatomy.family.norm_offset
+        family, block, offset = self._anatomy.family, self._shape.blocks[layer], self._anatomy.family.norm_offset
         getters: dict[str, Callable[[], torch.Tensor]] = {}
         for which in ("q_norm", "k_norm"):
             norm = self._anatomy.part(layer, getattr(family, which))
@@ -154,9 +167,10 @@ class Weights:
                 getters[f"attn.{which}.b"] = partial(_stacked, _norm_bias, leaves, block.d_qk)
         return getters
 
-    def _heads(self, layer: int, which: Part, what: str, *, repeat: bool = True) -> torch.Tensor:
+    def _heads(
+        self, layer: int, which: Part, projection: Projection, what: str, *, repeat: bool = True
+    ) -> torch.Tensor:
         """Return `(head, d_model, d_head)` or `(head, d_head)`; grouped keys and values are repeated, as there."""
-        projection = getattr(self._anatomy.entry(layer), which)
         module, block = self._anatomy.part(layer, projection.module), self._shape.blocks[layer]
         fused = matrix(module) if what == "weight" else _bias(module)
         heads = split_heads(fused, projection.layout_in(self._anatomy.config), which, block)
@@ -164,17 +178,17 @@ class Weights:
         return heads.repeat_interleave(block.n_heads // heads.shape[0], dim=0) if repeat else heads
 
     def _stack(self, kind: str) -> torch.Tensor:
-        return torch.stack([self[f"blocks.{layer}.{kind}"] for layer in range(self._shape.n_layers)])
+        return torch.stack([self[f"{self._shape.block_name(i)}.{kind}"] for i in range(self._shape.n_layers)])
 
     @property
     def W_E(self) -> torch.Tensor:
         """Token embedding, `(d_vocab, d_model)`."""
-        return self["embed.W_E"]
+        return self["embed.embed.W_E" if "embed.embed.W_E" in self._outside_blocks() else "embed.W_E"]
 
     @property
     def W_pos(self) -> torch.Tensor:
         """Position embedding, `(n_ctx, d_model)`."""
-        return self["pos_embed.W_pos"]
+        return self["embed.pos_embed.W_pos" if "embed.pos_embed.W_pos" in self._outside_blocks() else "pos_embed.W_pos"]
 
     @property
     def W_U(self) -> torch.Tensor:

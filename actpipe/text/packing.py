@@ -28,15 +28,17 @@ class Packing:
     """Distance of windows in tokens of the document; None cuts a document after one sequence."""
     max_rows: int | None = None
     """Stop after this many rows."""
+    closing_id: int | None = None
+    """Stands at the end of every sequence (documents layout only), if any."""
 
     def __post_init__(self) -> None:
         if self.room < 1:
-            raise ValueError(f"context_length ({self.context_length}) leaves no room for a token beside BOS")
+            raise ValueError(f"context_length ({self.context_length}) leaves no room beside special tokens")
 
     @property
     def room(self) -> int:
         """Tokens of documents that fit into one sequence."""
-        return self.context_length - (self.bos_id is not None)
+        return self.context_length - (self.bos_id is not None) - (self.closing_id is not None)
 
 
 def one_or_none(token_id: int | None) -> TokenIds:
@@ -150,7 +152,8 @@ def split(documents: Iterable[TokenizedDocument], settings: Packing) -> Iterator
             room = len(ids) - n_context
             if settings.max_rows is not None:
                 room = min(room, settings.max_rows - row)
-            if room <= (settings.bos_id is not None and n_context == 0):
+            n_special = (settings.bos_id is not None and n_context == 0) + (settings.closing_id is not None)
+            if room <= n_special:
                 break
             sequence = Sequence(
                 sequence=n_sequences,
@@ -158,21 +161,27 @@ def split(documents: Iterable[TokenizedDocument], settings: Packing) -> Iterator
                 start=start,
                 n_context=n_context,
                 first_row=row,
-                ids=ids[: n_context + room],
+                ids=_cut(ids, n_context + room, settings),
             )
             yield sequence
             n_sequences, row = n_sequences + 1, sequence.row_stop
-            stored += room - (settings.bos_id is not None and n_context == 0)
+            stored += room - n_special
         if stored == 0:
             return
         yield _with_rows(document, stored, row_start, row)
 
 
+def _cut(ids: TokenIds, length: int, settings: Packing) -> TokenIds:
+    """Return a model input of at most this length, which ends as all do."""
+    closing = one_or_none(settings.closing_id)
+    return ids if len(ids) <= length else np.concatenate([ids[: length - len(closing)], closing])
+
+
 def _windows(ids: TokenIds, settings: Packing) -> Iterator[tuple[int, int, TokenIds]]:
     """Yield (start of the new tokens in the document, tokens of context, ids of the whole input)."""
-    bos = one_or_none(settings.bos_id)
+    bos, closing = one_or_none(settings.bos_id), one_or_none(settings.closing_id)
     room = settings.room
-    yield 0, 0, np.concatenate([bos, ids[:room]])
+    yield 0, 0, np.concatenate([bos, ids[:room], closing])
     if settings.stride is None:
         return
     stored = min(room, len(ids))
@@ -181,7 +190,7 @@ def _windows(ids: TokenIds, settings: Packing) -> Iterator[tuple[int, int, Token
         first += settings.stride
         stop = min(first + room, len(ids))
         if stop > stored:
-            yield stored, len(bos) + stored - first, np.concatenate([bos, ids[first:stop]])
+            yield stored, len(bos) + stored - first, np.concatenate([bos, ids[first:stop], closing])
             stored = stop
 
 

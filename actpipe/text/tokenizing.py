@@ -26,6 +26,8 @@ class Tokenizing:
     """Ids must be below this."""
     own_bos_id: int | None = None
     """A BOS that a document may bring along and then loses, as BOS is set when sequences are made."""
+    own_closing_id: int | None = None
+    """The same for an id that stands at the end of every sequence."""
     chat_template: str | None = None
     min_tokens: int = 0
     max_tokens: int | None = None
@@ -97,6 +99,23 @@ def encode(tokenizer: Any, texts: list[str]) -> list[TokenIds]:
     return [np.asarray(ids, np.int32) for ids in encoded["input_ids"]]
 
 
+def frame_of(tokenizer: Any) -> tuple[int | None, int | None]:
+    """Return what a tokenizer puts before and after every text, such as [CLS] and [SEP], or None.
+
+    Raises:
+        DatasetError: It puts more than one token there.
+    """
+    around = list(tokenizer("")["input_ids"])
+    if len(around) == 1:
+        return (None, around[0]) if around[0] in (tokenizer.eos_token_id, tokenizer.sep_token_id) else (around[0], None)
+    if len(around) > 2:
+        raise DatasetError(
+            f"this tokenizer puts {len(around)} tokens around every text, and at most one before and one after are "
+            "placed; set `prepend_bos: false` and bring them in the texts"
+        )
+    return (around[0], around[1]) if around else (None, None)
+
+
 def text_of(value: Any) -> str | DocumentStatus:
     """Return the text of a document, or why there is none (a status is a `str` too: ask for it first)."""
     if value is None:
@@ -157,6 +176,8 @@ def _finish(document: SourceDocument, ids: TokenIds | DocumentStatus, settings: 
         )
     if settings.own_bos_id is not None and len(ids) and ids[0] == settings.own_bos_id:
         ids = ids[1:]
+    if settings.own_closing_id is not None and len(ids) and ids[-1] == settings.own_closing_id:
+        ids = ids[:-1]
     status = DocumentStatus.OK
     if len(ids) == 0:
         status = DocumentStatus.EMPTY

@@ -12,7 +12,7 @@ import torch
 from actpipe import HookedModel
 
 DATA = Path(__file__).parent / "data"
-FAMILIES = sorted(path.name for path in DATA.iterdir() if path.is_dir())
+FAMILIES = sorted(path.name for path in DATA.iterdir() if path.is_dir() and path.name not in ("bert", "t5"))
 IN_TL2 = [family for family in FAMILIES if (DATA / family / "tl2.npz").exists()]
 WITH_LAYERNORM = ["bloom", "falcon", "gpt2", "gpt_neo", "gpt_neox", "gptj", "opt", "phi"]
 TOLERANCE = 1e-4

@@ -117,3 +117,18 @@ def test_truncated_documents_keep_their_beginning(ids_of_each, length, bos):
         own = [int(token) for token in sequence.ids if token != BOS]
         assert own == ids_of_each[sequence.document][:room]
         assert found[sequence.document].n_truncated == max(0, len(ids_of_each[sequence.document]) - room)
+
+
+@given(texts, st.integers(3, 9), maybe_bos, st.sampled_from([None, *range(1, 40)]))
+def test_a_closing_id_ends_every_sequence_and_takes_no_token_of_a_document(ids_of_each, length, bos, limit):
+    room = length - (bos is not None) - 1
+    records = list(split(documents(ids_of_each), Packing(length, bos, max_rows=limit, closing_id=EOS)))
+    found = by_document(records)
+
+    assert limit is None or len(rows_of(records)) <= limit
+    for sequence in (r for r in records if isinstance(r, Sequence)):
+        own = [int(token) for token in sequence.ids[:-1] if token != BOS]
+        assert sequence.ids[-1] == EOS
+        assert own == ids_of_each[sequence.document][: len(own)]
+        assert len(own) == min(room, len(ids_of_each[sequence.document])) or limit is not None
+        assert found[sequence.document].n_tokens == len(own) > 0

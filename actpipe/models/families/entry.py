@@ -26,13 +26,39 @@ Paths = str | tuple[str, ...]
 class Projection:
     """Where queries, keys, values or neurons come from."""
 
-    module: str
+    module: Paths
     """Path inside the block."""
     layout: Layout | Callable[[Config], Layout] = "whole"
 
     def layout_in(self, config: Config) -> Layout:
         """Return the layout that this configuration asks for."""
         return self.layout(config) if callable(self.layout) else self.layout
+
+
+@dataclass(frozen=True)
+class CrossAttention:
+    """Where the attention of a decoder's block to the encoder's output is."""
+
+    attention: str
+    q: Projection
+    k: Projection
+    v: Projection
+    out: str
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What an encoder has above its last block; paths start at the whole model."""
+
+    dense: str
+    """The layer before the unembedding."""
+    norm: str
+    """The norm after that layer."""
+    pooler: str | None = None
+    next_sentence: str | None = None
+    """Both only in models that were loaded with them."""
+    activation: Callable[[Config], str] = lambda config: config.hidden_act
+    """Name of what stands between the layer and the norm."""
 
 
 def fused(module: str, layout: Layout | Callable[[Config], Layout]) -> dict[str, Any]:
@@ -66,12 +92,14 @@ class Family:
     out: str | None
     """The projection whose weight is W_O."""
     ln2: Paths | None
-    """The norm before the MLP; in some parallel blocks the same module as `ln1`."""
+    """The norm before the MLP; in some parallel blocks the same module as `ln1`, beside cross-attention its norm."""
     mlp: str | None
     """The module that runs the MLP; where it adds the residual stream itself, its last projection."""
     w_in: Projection | None
     w_out: str | None
     w_gate: Projection | None = None
+    gated: Callable[[Config], bool] = lambda _: True
+    """Whether the gate, where one is named, is there in this configuration."""
     router: str | None = None
     """The module that scores experts, in those blocks that have it."""
     router_scores: Literal["softmax", "sigmoid"] = "softmax"
@@ -80,7 +108,7 @@ class Family:
     """Norm between the embedding and the first block."""
     pos_embed: str | None = None
     """Module of the position embedding that is added, where there is one."""
-    pos_embed_offset: int = 0
+    pos_embed_offset: int | Callable[[Config], int] = 0
     """Rows of its table before position 0."""
     ln1_post: str | None = None
     ln2_post: str | None = None
@@ -131,6 +159,45 @@ class Family:
     """Whether nobody wrote this entry: it was found out by running a small model."""
     default_prepend_bos: bool = True
     """TransformerLens' `default_prepend_bos`."""
+
+    task: Literal["causal", "masked", "seq2seq"] = "causal"
+    """What the model was trained for, which decides the class that is loaded."""
+    post_norm: bool = False
+    """Whether norms stand after each sum (BERT); then `ln1` is attention's and the last one the MLP's."""
+    causal: bool = True
+    """Whether a token attends to none after it."""
+    cross: CrossAttention | None = None
+    ln3: str | None = None
+    """The MLP's norm in a block with cross-attention."""
+    relative_bias: str | None = None
+    """Table of the bias of scores by distance, in the block that has it."""
+    token_type_embed: str | None = None
+    heads: Heads | None = None
+    unembed_input_scale: Callable[[Config], float] = lambda _: 1.0
+    """What the final norm's output is multiplied with before the unembedding."""
+    logit_bias: str | None = None
+    """What is added to the unembedding's output, where the unembedding has no bias of its own."""
+    takes_position_ids: bool = True
+    """Whether positions may be given, as padding on the left needs where they are learned."""
+    pads_have_no_position: bool = False
+    """Whether the model counts positions over ids that are not padding, from `pos_embed_offset` on (RoBERTa)."""
+    decoder: Family | None = None
+    """The second stack; then this entry is that of the encoder, and holds what both share."""
+
+    def position_offset(self, config: Config) -> int:
+        """Return the rows of the position table before position 0."""
+        return self.pos_embed_offset(config) if callable(self.pos_embed_offset) else self.pos_embed_offset
+
+    @property
+    def stack(self) -> Literal["blocks", "encoder", "decoder"]:
+        """How the names of its blocks begin."""
+        if self.decoder is not None:
+            return "encoder"
+        return "blocks" if self.cross is None else "decoder"
+
+    def gate(self, config: Config) -> Projection | None:
+        """Return the gate of the MLP, where this configuration has one."""
+        return self.w_gate if self.gated(config) else None
 
     def is_rotary(self, config: Config) -> bool:
         """Whether queries and keys are rotated by their position."""

@@ -8,75 +8,25 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from torch import nn
-from transformers.activations import ACT2FN
 
 from actpipe.hooks import BlockShape
-from actpipe.models.anatomy import norm_epsilon
 from actpipe.models.families.entry import Layout, Projection
 from actpipe.models.families.fused import Part, split_heads
+from actpipe.models.recognition.values import (
+    Norm,
+    activated,
+    as_norm,
+    is_linear,
+    one_of,
+    pair_of,
+    rotated,
+    same,
+    same_size,
+    three_of,
+)
 from actpipe.models.recognition.watching import Attention, Call
 
-TOLERANCE = 1e-4
-_ACTIVATIONS = (
-    "silu",
-    "gelu",
-    "gelu_new",
-    "gelu_pytorch_tanh",
-    "relu",
-    "relu2",
-    "quick_gelu",
-    "xielu",
-    "tanh",
-    "sigmoid",
-)
 _LAYOUTS: tuple[Layout, ...] = ("whole", "columns", "grouped", "codegen")
-
-
-def same(left: torch.Tensor | None, right: torch.Tensor | None) -> bool:
-    """Whether two tensors hold the same numbers in the same order, whatever their axes."""
-    if left is None or right is None or left.numel() != right.numel() or left.numel() == 0:
-        return False
-    left, right = left.float().reshape(-1), right.float().reshape(-1)
-    return bool((left - right).abs().max() <= TOLERANCE * right.abs().max().clamp_min(1e-6))
-
-
-@dataclass(frozen=True)
-class Norm:
-    """What a module does that divides by a length."""
-
-    kind: Literal["LN", "RMS"]
-    offset: float
-    epsilon: float | None
-    """None where the module says it."""
-
-
-def as_norm(call: Call) -> Norm | None:
-    """Return what kind of norm a call was, None if it was none."""
-    if call.input is None or call.output is None or call.input.shape != call.output.shape:
-        return None
-    if not call.input.is_floating_point() or list(call.module.children()):
-        return None
-    weight, bias = getattr(call.module, "weight", None), getattr(call.module, "bias", None)
-    if weight is not None and weight.ndim != 1:
-        return None
-    said = any(hasattr(call.module, name) for name in ("eps", "variance_epsilon"))
-    for epsilon in (norm_epsilon(call.module),) if said else (1e-6, 1e-5, 1e-12, 1e-8):
-        for kind in ("RMS", "LN"):
-            wide = call.input.float()
-            wide = wide - wide.mean(-1, keepdim=True) if kind == "LN" else wide
-            wide = wide / (wide.square().mean(-1, keepdim=True) + epsilon).sqrt()
-            for offset in (0.0, 1.0):
-                scaled = wide if weight is None else wide * (weight.float() + offset)
-                if same(call.output, scaled if bias is None else scaled + bias.float()):
-                    return Norm(kind, offset, None if said else epsilon)  # type: ignore[arg-type]
-    return None
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module multiplies with one matrix."""
-    weight = getattr(module, "weight", None)
-    return isinstance(module, nn.Linear) or (type(module).__name__ == "Conv1D" and weight is not None)
 
 
 @dataclass
@@ -164,7 +114,7 @@ class BlockFinder:
         values = torch.stack([self._flat(c) for c in calls]) if calls else torch.empty(0)
         for scale in self.scales:
             target = self.added.reshape(-1) / scale
-            for find in (_one, _pair, _triple):
+            for find in (one_of, pair_of, three_of):
                 found = find(values, target)
                 if found:
                     self.parts.scale = scale
@@ -317,7 +267,7 @@ class BlockFinder:
         for call, layout, heads in self._split(linears, which):
             if heads.shape != target.shape:
                 continue
-            turned = _turned(heads, target)
+            turned = rotated(heads, target)
             norm = None if turned is not None else self._find_qk_norm(heads, target)
             if turned is None and norm is None:
                 continue
@@ -342,7 +292,7 @@ class BlockFinder:
                 way, out = "heads_first", call.output.transpose(1, 2)
             else:
                 continue
-            turned = _turned(out, target)
+            turned = rotated(out, target)
             if turned is not None:
                 self.parts.qk_norm, self.parts.qk_norm_input = norm, way
                 return call.path, turned
@@ -373,7 +323,7 @@ class BlockFinder:
         size = post.shape[-1]
         for call in reading:
             assert call.output is not None
-            if call.output.shape[-1] == size and _activated(post, call.output):
+            if call.output.shape[-1] == size and activated(post, call.output):
                 parts.w_in, parts.w_out = Projection(call.path), out.path
                 return
             if call.output.shape[-1] == 2 * size:
@@ -382,7 +332,7 @@ class BlockFinder:
                     (first, second, ("first_half", "second_half")),
                     (second, first, ("second_half", "first_half")),
                 ):
-                    if _activated(post, gate, linear):
+                    if activated(post, gate, linear):
                         parts.w_gate, parts.w_in = (Projection(call.path, layout) for layout in layouts)  # type: ignore[arg-type]
                         parts.w_out = out.path
                         return
@@ -390,7 +340,7 @@ class BlockFinder:
             if (
                 same_size(gate.output, post)
                 and same_size(linear.output, post)
-                and _activated(post, gate.output, linear.output)
+                and activated(post, gate.output, linear.output)
             ):
                 parts.w_gate, parts.w_in, parts.w_out = Projection(gate.path), Projection(linear.path), out.path
                 return
@@ -410,11 +360,6 @@ class BlockFinder:
             return
 
 
-def same_size(left: torch.Tensor | None, right: torch.Tensor) -> bool:
-    """Whether two tensors have as many numbers."""
-    return left is not None and left.numel() == right.numel()
-
-
 def _looks_like_mlp(call: Call) -> bool:
     title = f"{call.path} {type(call.module).__name__}".lower()
     return any(word in title for word in ("mlp", "moe", "ffn", "feed_forward", "feedforward"))
@@ -427,64 +372,3 @@ def _first_of_each(calls: Sequence[Call]) -> list[Call]:
         if not any(same(call.output, other.output) for other in kept):
             kept.append(call)
     return kept
-
-
-def _near(values: torch.Tensor, target: torch.Tensor) -> int | None:
-    """Return which row of `values` is `target`, if one is."""
-    if not len(values):
-        return None
-    distances = (values - target).abs().amax(dim=1)
-    best = int(distances.argmin())
-    return best if float(distances[best]) <= TOLERANCE * float(target.abs().max().clamp_min(1e-6)) else None
-
-
-def _one(values: torch.Tensor, target: torch.Tensor) -> tuple[int, ...]:
-    found = _near(values, target)
-    return () if found is None else (found,)
-
-
-def _pair(values: torch.Tensor, target: torch.Tensor) -> tuple[int, ...]:
-    size = target.abs().max()
-    for first in range(len(values)):
-        rest = target - values[first]
-        distances = (values - rest).abs().amax(dim=1)
-        distances[first] = torch.inf
-        second = int(distances.argmin())
-        if float(distances[second]) <= TOLERANCE * float(size):
-            return first, second
-    return ()
-
-
-def _triple(values: torch.Tensor, target: torch.Tensor) -> tuple[int, ...]:
-    for first in range(min(len(values), _MOST_OF_THREE)):
-        found = _pair(values, target - values[first])
-        if found and first not in found:
-            return first, *found
-    return ()
-
-
-_MOST_OF_THREE = 24
-
-
-def _turned(before: torch.Tensor, after: torch.Tensor) -> bool | None:
-    """Return False where heads pass as they are or scaled, True where position rotates them, else None."""
-    if same(before, after) or same(before * ((before * after).sum() / before.square().sum()), after):
-        return False
-    lengths = same(before.norm(dim=-1), after.norm(dim=-1))
-    return True if lengths and same(before[:, 0].contiguous(), after[:, 0].contiguous()) else None
-
-
-def _activated(post: torch.Tensor, pre: torch.Tensor | None, linear: torch.Tensor | None = None) -> bool:
-    """Whether neurons are a known function of `pre`, times `linear` where there is one."""
-    if pre is None:
-        return False
-    for name in _ACTIVATIONS:
-        if name not in ACT2FN:
-            continue
-        try:
-            expected = ACT2FN[name](pre.float())
-        except Exception:  # noqa: BLE001  # some need a dtype or parameters of their own
-            continue
-        if same(post, expected if linear is None else expected * linear.float()):
-            return True
-    return False

@@ -14,12 +14,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from actpipe.errors import UnsupportedModelError
-from actpipe.models.anatomy import told
+from actpipe.models.anatomy import language_config, told
 from actpipe.models.families.entry import Family, latent_size
 from actpipe.models.hooked_model import HookedModel
 from actpipe.models.identities import Outcome, check_identities, probe_ids
 from actpipe.models.loading import ModelSource
-from actpipe.models.recognition.finding import BlockFinder, BlockParts, Norm, as_norm, same
+from actpipe.models.recognition.finding import BlockFinder, BlockParts
+from actpipe.models.recognition.values import Norm, as_norm, same
 from actpipe.models.recognition.watching import Attention, Call, record
 from actpipe.models.twins import WINDOW, build_twin
 
@@ -101,7 +102,7 @@ class _Draft:
         self._twin = twin
         self._ids = ids
         recording = self._recording = record(twin, ids)
-        self._config = twin.config.get_text_config(decoder=True)
+        self._config = language_config(twin)
         self._names = {module: name for name, module in twin.base_model.named_modules()}
         self._path, self._blocks = self._find_blocks()
         self._outside = [c for c in recording.calls if not any(block.contains(c) for block in self._blocks)]

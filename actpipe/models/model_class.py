@@ -1,0 +1,23 @@
+"""Which class of transformers a configuration is loaded as."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForPreTraining, AutoModelForSeq2SeqLM
+
+from actpipe.models.families import all_families
+
+
+def auto_class(config: Any) -> Any:
+    """Return the class that loads a model with the head that its entry speaks of; causal where there is no entry.
+
+    BERT comes with its next-sentence head where the configuration says `BertForPreTraining`.
+    """
+    family = all_families().get(config.model_type)
+    if family is None or family.task == "causal":
+        return AutoModelForCausalLM
+    if family.task == "seq2seq":
+        return AutoModelForSeq2SeqLM
+    with_next_sentence = any(name.endswith("ForPreTraining") for name in config.architectures or ())
+    return AutoModelForPreTraining if with_next_sentence and family.name == "bert" else AutoModelForMaskedLM
