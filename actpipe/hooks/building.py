@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from actpipe.hooks.catalogue import HookPoint, ModelShape, decoder_points
+from actpipe.hooks.catalogue import HookPoint, ModelShape
+from actpipe.hooks.decoders import decoder_points
 from actpipe.hooks.encoders import encoder_decoder_points, encoder_points
 
 

@@ -215,20 +215,6 @@ class HookPoint:
         return math.prod(self.row_shape(shape, context_length))
 
 
-def decoder_points(shape: ModelShape) -> Iterator[HookPoint]:
-    """Yield every hook point of a decoder of this shape, in firing order."""
-    yield HookPoint("hook_tokens", (), None, "token ids", on_request="tokens/input_ids", integer=True)
-    if shape.embed_norm:
-        yield from norm_points("embed.ln", None, "norm of the embedding")
-    yield HookPoint("hook_embed", ("d_model",), None, "token embedding, as the first block gets it")
-    if shape.learned_positions:
-        yield HookPoint("hook_pos_embed", ("d_model",), None, "position embedding")
-    for layer in range(shape.n_layers):
-        yield from block_points(shape, layer)
-    if shape.final_norm:
-        yield from norm_points("ln_final", None, "final norm")
-
-
 def block_points(shape: ModelShape, layer: int) -> Iterator[HookPoint]:
     """Yield the hook points of a block whose norms stand before its branches."""
     block, prefix = shape.blocks[layer], f"{shape.block_name(layer)}."

@@ -101,11 +101,6 @@ def find_part(block: nn.Module, paths: Paths | None) -> nn.Module | None:
 
 def _bind(family: Family, native: PreTrainedModel) -> Anatomy:
     base, config = native.base_model, language_config(native)
-    if family.task == "masked" and getattr(config, "is_decoder", False):
-        raise UnsupportedModelError(
-            f"this {family.name} model predicts the next token (`is_decoder: true`), and the entry {family.name!r} is "
-            "for encoders; set it to false in config.json if the model attends to both sides"
-        )
     first = bind_stack(family, base)
     decoder = None if family.decoder is None else bind_stack(family.decoder, base)
     stacks = (first,) if decoder is None else (first, decoder)

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -39,12 +40,15 @@ class _Point:
     forward: list[Hook] = field(default_factory=list)
     backward: list[Hook] = field(default_factory=list)
 
+    def _see_gradient(self, hook: Hook, gradient: torch.Tensor) -> torch.Tensor | None:
+        return hook(gradient, self.point)
+
     def run(self, value: torch.Tensor) -> torch.Tensor:
         """Return what goes on in the place of an activation, with TransformerLens' axes."""
-        if self.backward and not value.requires_grad:
-            value = value.detach().requires_grad_(requires_grad=True)
+        if self.backward and not value.requires_grad:  # a model that is not trained: the graph begins here
+            value = value.detach().requires_grad_()
         for hook in self.backward:
-            value.register_hook(lambda grad, hook=hook: hook(grad, self.point))  # type: ignore[misc]
+            value.register_hook(partial(self._see_gradient, hook))  # type: ignore[no-untyped-call]
         for hook in self.forward:
             new = hook(value, self.point)
             if new is None:
@@ -151,7 +155,8 @@ class Editing(AbstractContextManager["Editing"]):
 
     def _attach_middle(self, stack: ExitStack, layer: int, wanted: _Point) -> None:
         """Change the stream between the branches: what attention adds is what changes it for both readers."""
-        scale, entering = self._anatomy.branch_scale, []
+        scale = self._anatomy.branch_scale
+        entering: list[torch.Tensor] = []
 
         def remember(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             entering[:] = [args[0] if args else kwargs["hidden_states"]]

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 
 from actpipe.models.attention_laws import attention_laws
-from actpipe.models.encoder_laws import encoder_laws
+from actpipe.models.encoder_laws import encoder_laws, sum_laws
 from actpipe.models.hooked_model import HookedModel
 from actpipe.models.law import Law, Sides
 from actpipe.models.probe import COPIES, Probe
@@ -32,6 +32,7 @@ def all_laws(model: HookedModel) -> Iterator[Law]:
         yield _final_norm_law("encoder_final_ln", n_encoder - 1)
         yield _final_norm_law("decoder_final_ln", shape.n_layers - 1)
     yield from _stream_laws(model)
+    yield from sum_laws()
     yield from _norm_laws()
     yield from attention_laws(model)
     yield from attention_laws(model, "cross_attn")

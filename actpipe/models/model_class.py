@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForPreTraining, AutoModelForSeq2SeqLM
 
-from actpipe.models.families import all_families
+from actpipe.models.families import entry_for
 
 
 def auto_class(config: Any) -> Any:
@@ -14,7 +14,7 @@ def auto_class(config: Any) -> Any:
 
     BERT comes with its next-sentence head where the configuration says `BertForPreTraining`.
     """
-    family = all_families().get(config.model_type)
+    family = entry_for(config)
     if family is None or family.task == "causal":
         return AutoModelForCausalLM
     if family.task == "seq2seq":

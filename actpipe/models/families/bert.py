@@ -1,8 +1,10 @@
 """BERT and RoBERTa: norms after each sum, segments, a layer and a norm before the unembedding."""
 
+from typing import Any
+
 from actpipe.models.families.entry import Family, Heads, Projection
 
-_SHARED = {
+_SHARED: dict[str, Any] = {
     "norm": "LN",
     "embed": "embeddings.word_embeddings",
     "pos_embed": "embeddings.position_embeddings",

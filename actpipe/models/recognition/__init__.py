@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from actpipe.models.families import all_families
+from actpipe.models.families import entry_for
 from actpipe.models.families.entry import Family
 
 _recognised: dict[str, Family] = {}
@@ -20,9 +20,9 @@ def family_for(config: Any, *, trust_remote_code: bool = False) -> Family:
     Raises:
         UnsupportedModelError: There is no entry, and structure does not tell either; says why.
     """
-    families = all_families()
-    if config.model_type in families:
-        return families[config.model_type]
+    entry = entry_for(config)
+    if entry is not None:
+        return entry
     key = config.to_json_string()
     if key not in _recognised:
         from actpipe.models.recognition.recognising import recognise  # it runs hooked models: imported last

@@ -37,6 +37,7 @@ class BlockParts:
     """Whose outputs are added to the stream, in order."""
     scale: float = 1.0
     parallel: bool = False
+    post_norm: bool = False
     norms: dict[str, str] = field(default_factory=dict)
     """`ln1`, `ln2`, `ln1_post`, `ln2_post` -> path."""
     norm: Norm | None = None
@@ -98,19 +99,22 @@ class BlockFinder:
     def find(self) -> BlockParts:
         """Find everything that can be found; what is not found is left out."""
         parts = self.parts
-        self._find_branches()
+        calls = _first_of_each([c for c in self.inside if self._is_stream_sized(c)])
+        self._find_branches(calls)
+        if parts.branches:
+            self._find_roles()
+        else:
+            self._find_norms_after_sums(calls)
         if not parts.branches:
             self._find_attention(None)
             return parts
-        self._find_roles()
         self._find_attention(self._branch(parts.attention_branch))
         self._find_mlp()
         return parts
 
     # ---- what is added to the stream
 
-    def _find_branches(self) -> None:
-        calls = _first_of_each([c for c in self.inside if self._is_stream_sized(c)])
+    def _find_branches(self, calls: Sequence[Call]) -> None:
         values = torch.stack([self._flat(c) for c in calls]) if calls else torch.empty(0)
         for scale in self.scales:
             target = self.added.reshape(-1) / scale
@@ -120,6 +124,27 @@ class BlockFinder:
                     self.parts.scale = scale
                     self.parts.branches = sorted((calls[i] for i in found), key=lambda call: call.ended)
                     return
+
+    def _find_norms_after_sums(self, calls: Sequence[Call]) -> None:
+        """Find `norm(norm(stream + attention) + MLP)`, the order of the first transformers."""
+        norms = [(call, norm) for call in self.inside if (norm := as_norm(call)) is not None]
+        values = torch.stack([self._flat(c) for c in calls]) if calls else torch.empty(0)
+        last = next((call for call, _ in norms if same(call.output, self.stream + self.added)), None)
+        for call, norm in norms if last is not None else ():
+            assert last is not None
+            if call is last or call.input is None or last.input is None or call.output is None:
+                continue
+            if call.input.shape != self.stream.shape:
+                continue
+            attention = one_of(values, (call.input - self.stream).reshape(-1))
+            mlp = one_of(values, (last.input - call.output).reshape(-1))
+            if attention and mlp:
+                parts = self.parts
+                parts.branches = [calls[attention[0]], calls[mlp[0]]]
+                parts.attention_branch, parts.mlp_branch = (branch.path for branch in parts.branches)
+                parts.norms, parts.norm, parts.post_norm = {"ln1": call.path, "ln2": last.path}, norm, True
+                self.mid = call.output
+                return
 
     def _is_stream_sized(self, call: Call) -> bool:
         out = call.output
@@ -206,7 +231,7 @@ class BlockFinder:
         if not self._find_values(linears):
             return
         for which in ("q", "k"):
-            self._find_queries(linears, which)  # type: ignore[arg-type]
+            self._find_queries(linears, which)
         parts.sinks = self._find_sinks(getattr(seen, "sinks", None))
         parts.latent = seen.query.shape[-1] != self._values.shape[-1]
         mixed = seen.pattern.transpose(1, 2)
@@ -306,8 +331,9 @@ class BlockFinder:
         if wanted is None:
             return
         parts.mlp = next((c.path for c in self.inside if self._is_stream_sized(c) and same(c.output, wanted)), None)
-        given = self._output_of(parts.norms["ln2"]) if "ln2" in parts.norms else self.mid
-        given = self.stream if parts.parallel and "ln2" not in parts.norms else given
+        given: torch.Tensor | None = self.stream if parts.parallel else self.mid
+        if "ln2" in parts.norms and not parts.post_norm:
+            given = self._output_of(parts.norms["ln2"])
         linears = [call for call in self.inside if is_linear(call.module)]
         out = next((call for call in linears if same(call.output, wanted)), None)
         parts.flat_mlp = any(call.output is not None and call.output.ndim == 2 for call in (branch, out) if call)
@@ -336,13 +362,9 @@ class BlockFinder:
                         parts.w_gate, parts.w_in = (Projection(call.path, layout) for layout in layouts)  # type: ignore[arg-type]
                         parts.w_out = out.path
                         return
-        for gate, linear in itertools.permutations(reading, 2):
-            if (
-                same_size(gate.output, post)
-                and same_size(linear.output, post)
-                and activated(post, gate.output, linear.output)
-            ):
-                parts.w_gate, parts.w_in, parts.w_out = Projection(gate.path), Projection(linear.path), out.path
+        for one, other in itertools.permutations([c for c in reading if same_size(c.output, post)], 2):
+            if activated(post, one.output, other.output):
+                parts.w_gate, parts.w_in, parts.w_out = Projection(one.path), Projection(other.path), out.path
                 return
 
     def _find_router(self, given: torch.Tensor | None) -> None:

@@ -26,7 +26,7 @@ from actpipe.models.twins import WINDOW, build_twin
 
 _LENGTH = 4 * WINDOW - 1
 """Positions of the probe: more than any window or top-k of a twin, and no other size of it."""
-_STREAM = {"hook_resid_pre", "hook_resid_post"}
+_STREAM = {"hook_resid_pre", "hook_resid_post", "hook_normalized_resid_post"}
 _HEADS = ["num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads", "attention_heads"]
 _KEY_HEADS = ["num_key_value_heads", "n_head_kv", "num_kv_heads", "kv_n_heads", "multi_query_group_num"]
 
@@ -315,6 +315,7 @@ def _entry(parts: BlockParts, name: str, heads: Number, key_heads: Number) -> Fa
         qk_norm_input=parts.qk_norm_input,  # type: ignore[arg-type]
         rotary=parts.attention is not None and (parts.rotary or not known),
         parallel=parts.parallel or branches == ("hook_mlp_out",),
+        post_norm=parts.post_norm,
         flat_mlp=parts.flat_mlp,
         sees_attention_by="softmax" if parts.own_code else "interface",
         n_heads=heads,  # type: ignore[arg-type]

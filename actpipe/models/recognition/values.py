@@ -63,7 +63,7 @@ def as_norm(call: Call) -> Norm | None:
             for offset in (0.0, 1.0):
                 scaled = wide if weight is None else wide * (weight.float() + offset)
                 if same(call.output, scaled if bias is None else scaled + bias.float()):
-                    return Norm(kind, offset, None if said else epsilon)  # type: ignore[arg-type]
+                    return Norm(kind, offset, None if said else epsilon)
     return None
 
 
