@@ -98,10 +98,10 @@ class AttentionCall:
                 n_keys - n_queries, n_keys, device=scores.device
             ).unsqueeze(-1)
             blocked = ahead > 0 if self.window is None else (ahead > 0) | (ahead <= -self.window)
-            return scores.masked_fill_(blocked, -torch.inf)
+            return scores.masked_fill(blocked, -torch.inf)
         mask = self.mask[..., : scores.shape[-1]]
         if mask.dtype == torch.bool:
-            return scores.masked_fill_(~mask, -torch.inf)
+            return scores.masked_fill(~mask, -torch.inf)
         blocked = mask <= torch.finfo(mask.dtype).min
         added = mask.float()
         if self.alibi:
@@ -112,7 +112,7 @@ class AttentionCall:
     def pattern(self) -> torch.Tensor:
         """Softmax of the scores, a sink taking its share."""
         if self.sinks is None:
-            return self.scores.softmax(dim=-1).nan_to_num_(nan=0.0)
+            return self.scores.softmax(dim=-1).nan_to_num(nan=0.0)
         sink = self.sinks.float().reshape(1, -1, 1, 1).expand(*self.scores.shape[:-1], 1)
         return torch.cat([self.scores, sink], dim=-1).softmax(dim=-1)[..., :-1]
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import TracebackType
 from typing import Any, Self
 
@@ -79,12 +79,35 @@ class Capture(AbstractContextManager["Capture"]):
                 output = None
             finally:
                 self._running = False
+        self._refuse_missing()
+        return output
+
+    @contextmanager
+    def complete(self) -> Iterator[None]:
+        """Deliver what one forward pass in here, run by others, shows of the names.
+
+        Raises:
+            IdentityError: A name that was asked for did not come by.
+        """
+        self._pending = {tap.name for tap in self._taps}
+        native = self._native.register_forward_pre_hook(self._note_size, with_kwargs=True)
+        self._running = True
+        try:
+            yield
+        finally:
+            self._running = False
+            native.remove()
+        self._refuse_missing()
+
+    def _note_size(self, _: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._batch_size, self._n_tokens = kwargs["input_ids"].shape[0], kwargs["input_ids"].numel()
+
+    def _refuse_missing(self) -> None:
         if self._pending:
             raise IdentityError(
                 f"{sorted(self._pending)[0]} was never reached in the forward pass of "
                 f"{type(self._native).__name__}: this version of transformers runs it by another way"
             )
-        return output
 
     def _attach(self, stack: ExitStack, module: nn.Module, side: Side, taps: list[Tap]) -> None:
         if side in ("attention", "own_attention"):

@@ -39,6 +39,8 @@ class _Point:
     point: HookPoint
     forward: list[Hook] = field(default_factory=list)
     backward: list[Hook] = field(default_factory=list)
+    flat: bool = False
+    """Whether batch and positions pass there as one axis."""
 
     def _see_gradient(self, hook: Hook, gradient: torch.Tensor) -> torch.Tensor | None:
         return hook(gradient, self.point)
@@ -106,6 +108,7 @@ class Editing(AbstractContextManager["Editing"]):
                 kind = wanted.point.kind
                 if kind.endswith(("hook_scale", "hook_normalized")):
                     norms[tap.module][kind.rpartition(".")[2]] = wanted
+                    wanted.flat = tap.flat
                 elif tap.side in ("attention", "own_attention"):
                     attention[tap.module, tap.side][kind.removeprefix("attn.hook_")] = wanted
                 else:
@@ -139,16 +142,23 @@ class Editing(AbstractContextManager["Editing"]):
         else:
             _change_output(stack, tap.module, self._edit(tap, wanted))
 
+    def _run(self, wanted: _Point, value: torch.Tensor) -> torch.Tensor:
+        """Run hooks on `(batch, position, ...)`, also where both pass as one axis."""
+        if not wanted.flat or value.shape[0] == self._batch[0]:
+            return wanted.run(value)
+        return wanted.run(value.reshape(*self._batch, *value.shape[1:])).reshape(value.shape)
+
     def _edit(self, tap: Tap, wanted: _Point) -> Callable[[torch.Tensor], torch.Tensor]:
         scale = self._anatomy.branch_scale if wanted.point.kind in _BRANCHES else 1.0
+        wanted.flat = tap.flat
 
         def change(tensor: torch.Tensor) -> torch.Tensor:
             """Let hooks change the elements that the tap reads; the others stay."""
+            if wanted.point.kind == "hook_pos_embed":  # positions may be looked up once for all rows
+                tensor = tap.read(tensor).expand(self._batch[0], -1, -1).contiguous()
             places = torch.arange(tensor.numel(), device=tensor.device).reshape(tensor.shape)
             places = places if scale != 1.0 else tap.read(places)
-            if tap.flat and places.shape[0] != self._batch[0]:
-                places = places.reshape(*self._batch, *places.shape[1:])
-            new = wanted.run(tensor.reshape(-1)[places] * scale) / scale
+            new = self._run(wanted, tensor.reshape(-1)[places] * scale) / scale
             return tensor.reshape(-1).index_copy(0, places.reshape(-1), new.reshape(-1)).reshape(tensor.shape)
 
         return change
@@ -190,13 +200,13 @@ class Editing(AbstractContextManager["Editing"]):
             if "hook_scale" in points or family.norm == "RMS":
                 scale = norm_scale(tensor, family.norm, epsilon)
                 if "hook_scale" in points:
-                    scale = points["hook_scale"].run(scale)
+                    scale = self._run(points["hook_scale"], scale)
                 value = norm_divided(tensor, family.norm, scale)
                 if family.norm == "RMS" and "hook_normalized" in points:
-                    value = points["hook_normalized"].run(value)
+                    value = self._run(points["hook_normalized"], value)
                 out = _affine(module, value, family.norm_offset).to(output.dtype)
             if family.norm == "LN" and "hook_normalized" in points:
-                out = points["hook_normalized"].run(out)
+                out = self._run(points["hook_normalized"], out)
             return out
 
         stack.callback(module.register_forward_hook(after).remove)
@@ -250,7 +260,7 @@ def _refuse_read_only(anatomy: Anatomy, point: HookPoint) -> None:
         instead = "hook_resid_pre changes all heads' input, hook_q, hook_k and hook_v what they compute of it"
     elif point.integer or kind.startswith("mlp.hook_expert") or kind == "mlp.hook_router_logits":
         instead = "hook_mlp_out is what the choice leads to"
-    elif "q_norm" in kind or "k_norm" in kind:
+    elif kind.startswith(("attn.q_norm", "attn.k_norm")):
         instead = "hook_rot_q and hook_rot_k are what they lead to"
     elif kind == "attn.hook_z_ungated":
         instead = "hook_z follows it"

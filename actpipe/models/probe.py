@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from actpipe.models.hooked_model import HookedModel
@@ -125,7 +127,7 @@ class Probe:
         return heads.repeat_interleave(self.shape.blocks[layer].n_heads // heads.shape[2], dim=2)
 
 
-def other_inputs(model: HookedModel, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+def other_inputs(model: HookedModel, ids: torch.Tensor) -> dict[str, Any]:
     """Return two segments where the model tells them apart, and another text for a decoder beside an encoder."""
     n_positions = ids.shape[1]
     if model.shape.token_types > 1:
