@@ -37,8 +37,9 @@ class Anatomy:
 
     def family_at(self, layer: int) -> Family:
         """Return the entry that says where the parts of a block are."""
-        in_decoder = self.decoder is not None and self.shape.blocks[layer].stack == "decoder"
-        return self.decoder.family if in_decoder and self.decoder is not None else self.family
+        if self.decoder is not None and self.shape.blocks[layer].stack == "decoder":
+            return self.decoder.family
+        return self.family
 
     def part(self, layer: int, paths: Paths) -> nn.Module:
         """Return a module of one block by its path, or by the first of several that the block has."""
@@ -101,7 +102,7 @@ def _bind(family: Family, native: PreTrainedModel) -> Anatomy:
     stacks = (first,) if decoder is None else (first, decoder)
     unembed = native.get_output_embeddings()
     if unembed is None:
-        raise UnsupportedModelError(f"{type(native).__name__} has no unembedding; load a causal language model")
+        raise UnsupportedModelError(f"{type(native).__name__} has no unembedding; load it with its language-modelling head")
     token_types = base.get_submodule(family.token_type_embed) if family.token_type_embed else None
     heads = None if family.heads is None else bind_heads(family.heads, native)
     shape = ModelShape(

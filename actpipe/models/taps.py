@@ -85,12 +85,12 @@ def _around_encoder(anatomy: Anatomy, name: str) -> Tap | None:
     heads = anatomy.heads
     if name == "hook_full_embed":
         return Tap(name, anatomy.blocks[0], "input", _same)
-    places = {
+    places: dict[str, nn.Module | None] = {
         "embed.hook_embed": anatomy.embed,
         "embed.hook_pos_embed": anatomy.pos_embed,
         "embed.hook_token_type_embed": anatomy.token_type_embed,
-        "pooler.hook_pooler_out": heads and heads.pooler,
-        "nsp_head.hook_nsp_out": heads and heads.next_sentence,
+        "pooler.hook_pooler_out": heads.pooler if heads else None,
+        "nsp_head.hook_nsp_out": heads.next_sentence if heads else None,
     }
     module = places.get(name)
     if module is not None:
