@@ -102,7 +102,9 @@ def _bind(family: Family, native: PreTrainedModel) -> Anatomy:
     stacks = (first,) if decoder is None else (first, decoder)
     unembed = native.get_output_embeddings()
     if unembed is None:
-        raise UnsupportedModelError(f"{type(native).__name__} has no unembedding; load it with its language-modelling head")
+        raise UnsupportedModelError(
+            f"{type(native).__name__} has no unembedding; load it with its language-modelling head"
+        )
     token_types = base.get_submodule(family.token_type_embed) if family.token_type_embed else None
     heads = None if family.heads is None else bind_heads(family.heads, native)
     shape = ModelShape(

@@ -126,7 +126,9 @@ def load_native(
 
 
 def _refuse_random_weights(source: ModelSource, model: PreTrainedModel, missing: list[str]) -> None:
-    """Refuse a model of which the checkpoint lacks a part, which transformers would draw at random."""
+    """Refuse a model of which the checkpoint lacks parameters, which transformers would draw at random."""
+    parameters = {name for name, _ in model.named_parameters()}
+    missing = [name for name in missing if name in parameters]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ModelLoadError(

@@ -154,6 +154,18 @@ def test_a_checkpoint_without_a_part_of_the_model_is_refused(family, tmp_path):
         HookedModel.from_pretrained(str(tmp_path), dtype="float32", device="cpu")
 
 
+def test_a_checkpoint_saved_without_its_head_is_loaded_only_if_the_head_has_no_weights_of_its_own(tmp_path):
+    build("bart").native.model.save_pretrained(tmp_path / "bart")
+    build("bert").native.bert.save_pretrained(tmp_path / "bert")
+    loaded = HookedModel.from_pretrained(str(tmp_path / "bart"), dtype="float32", device="cpu")
+
+    torch.testing.assert_close(loaded.forward(IDS), build("bart").forward(IDS), atol=1e-5, rtol=0)
+    with pytest.raises(
+        ModelLoadError, match=r"lack cls\.predictions.*take a checkpoint that has its language-modelling"
+    ):
+        HookedModel.from_pretrained(str(tmp_path / "bert"), dtype="float32", device="cpu")
+
+
 def test_a_bert_that_predicts_the_next_token_is_refused(tmp_path):
     config = json.loads((MODELS / "bert" / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"is_decoder": True}))
