@@ -15,6 +15,7 @@ from actpipe import HookedModel
 from actpipe.errors import ModelLoadError, UnknownHookError, UnsupportedModelError
 from actpipe.models.capture import Capture
 from actpipe.models.identities import check_identities, probe_ids
+from actpipe.models.position_bias import relative_bias
 from actpipe.models.probe import COPIES
 
 IDS = np.random.default_rng(0).integers(5, 199, (2, 12))
@@ -51,6 +52,19 @@ def test_the_decoder_sees_no_later_token_and_starts_by_itself(name):
     torch.testing.assert_close(model.forward(IDS, decoder_input_ids=IDS[:, :4]), whole[:, :4], atol=1e-5, rtol=0)
     start = model.native.config.decoder_start_token_id
     assert torch.equal(model.forward(IDS), model.forward(IDS, decoder_input_ids=np.full((2, 1), start)))
+
+
+@pytest.mark.parametrize("stack", ["encoder", "decoder"])
+def test_the_bias_of_every_distance_is_the_models_own(stack):
+    model = build("t5")
+    model.native.config.relative_attention_num_buckets = 32
+    model.native.config.relative_attention_max_distance = 128
+    attention = getattr(model.native, stack).block[0].layer[0].SelfAttention
+    attention.relative_attention_num_buckets, attention.relative_attention_max_distance = 32, 128
+    attention.relative_attention_bias = torch.nn.Embedding(32, 4).requires_grad_(False)
+
+    found = relative_bias(model, 0 if stack == "encoder" else 2, (300, 300))
+    assert torch.equal(found, attention.compute_bias(300, 300)[0])
 
 
 def test_segments_change_what_comes_out_and_are_0_by_default():
@@ -164,6 +178,21 @@ def test_a_checkpoint_saved_without_its_head_is_loaded_only_if_the_head_has_no_w
         ModelLoadError, match=r"lack cls\.predictions.*take a checkpoint that has its language-modelling"
     ):
         HookedModel.from_pretrained(str(tmp_path / "bert"), dtype="float32", device="cpu")
+
+
+@pytest.mark.parametrize("said", ["BertForMaskedLM", "BertForPreTraining"])
+def test_the_next_sentence_head_is_loaded_where_the_weights_are_there_whatever_the_configuration_says(said, tmp_path):
+    build("bert, next sentence").native.save_pretrained(tmp_path / "with")
+    build("bert").native.save_pretrained(tmp_path / "without")
+    for folder, next_sentence in ((tmp_path / "with", True), (tmp_path / "without", False)):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"architectures": [said]}))
+        loaded = HookedModel.from_pretrained(str(folder), dtype="float32", device="cpu")
+
+        assert loaded.shape.next_sentence == next_sentence
+        assert ("pooler.hook_pooler_out" in loaded.hook_points) == next_sentence
+        expected = build("bert, next sentence" if next_sentence else "bert").forward(IDS)
+        torch.testing.assert_close(loaded.forward(IDS), expected, atol=1e-5, rtol=0)
 
 
 def test_a_bert_that_predicts_the_next_token_is_refused(tmp_path):

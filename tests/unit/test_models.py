@@ -149,7 +149,7 @@ class TestLoading:
         from transformers import RwkvConfig
 
         RwkvConfig(hidden_size=8, num_hidden_layers=1, vocab_size=50).save_pretrained(tmp_path)
-        with pytest.raises(UnsupportedModelError, match="'rwkv' model are; there are entries for bloom"):
+        with pytest.raises(UnsupportedModelError, match="'rwkv' model are; there are entries for bart"):
             ModelSpec(ModelSource(str(tmp_path)))
 
     def test_code_that_comes_with_a_model_is_not_run(self, tmp_path):
