@@ -13,14 +13,24 @@ from actpipe.compute.residual import (
     residual_hook,
     sum_residual_shares,
 )
+from actpipe.errors import UnsupportedModelError
 from actpipe.hooks import build_catalogue
 from actpipe.jobs.blocks import Done, RowBlock, even_blocks, map_and_sum, require_arrays
 from actpipe.stores.reading import ActivationStore
 
 
 def components_of(store: ActivationStore, layer: int | None = None) -> list[Component]:
-    """Name the components of the model that a store came from."""
+    """Name the components of the model that a store came from.
+
+    Raises:
+        UnsupportedModelError: It is an encoder, whose residual stream is no sum of what was written to it.
+    """
     shape = store.shape
+    if not shape.sums_to_logits:
+        raise UnsupportedModelError(
+            f"the store {store.folder.root} is of {store.manifest.model.family}, an encoder: its residual stream is "
+            "not taken apart; work with the stored activations themselves"
+        )
     return residual_components(build_catalogue(shape), shape.n_layers, layer)
 
 
@@ -38,6 +48,7 @@ def decompose_resid(store: ActivationStore, layer: int | None = None) -> tuple[A
 
     Raises:
         IncompleteStoreError: A component is not stored.
+        UnsupportedModelError: The model is an encoder.
     """
     import dask.array as da
 

@@ -38,8 +38,9 @@ class Anatomy:
         """Return the entry that says where the parts of a block are."""
         if self.family.layers:
             return self.family.layers[layer]
-        in_decoder = self.decoder is not None and self.shape.blocks[layer].stack == "decoder"
-        return self.decoder.family if in_decoder and self.decoder is not None else self.family
+        if self.decoder is not None and self.shape.blocks[layer].stack == "decoder":
+            return self.decoder.family
+        return self.family
 
     def part(self, layer: int, paths: Paths | None) -> nn.Module:
         """Return a module of one block by its path, or by the first of several that the block has."""
@@ -110,7 +111,9 @@ def _bind(family: Family, native: PreTrainedModel) -> Anatomy:
         raise AttributeError(f"{len(entries)} layers were looked at, and the model has {len(blocks)}")
     unembed = native.get_output_embeddings()
     if unembed is None:
-        raise UnsupportedModelError(f"{type(native).__name__} has no unembedding; load a causal language model")
+        raise UnsupportedModelError(
+            f"{type(native).__name__} has no unembedding; load it with its language-modelling head"
+        )
     token_types = base.get_submodule(family.token_type_embed) if family.token_type_embed else None
     heads = None if family.heads is None else bind_heads(family.heads, native)
     shape = ModelShape(

@@ -74,7 +74,7 @@ class ModelSpec:
 
 
 class HookedModel(PassMethods):
-    """A causal language model of transformers, run as it is, read by TransformerLens' names.
+    """A language model of transformers, run as it is, read by TransformerLens' names.
 
     Args:
         native: The model.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from actpipe.errors import ModelLoadError, RecipeError, did_you_mean
-from actpipe.models.model_class import auto_class
+from actpipe.models.model_class import auto_class, classes_to_try
 from actpipe.schemas.manifest import ModelIdentity
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf")
@@ -109,30 +109,52 @@ def load_native(
     source: ModelSource, *, dtype: str, device: str, device_map: str | dict[str, int | str] | None
 ) -> PreTrainedModel:
     """Load a language model with its weights, ready to run and never to train."""
-    config = load_config(source)
     placed: dict[str, Any] = {} if device_map is None else {"device_map": device_map}
-    try:
-        with _bars_on_terminals_only():
-            model: PreTrainedModel
-            model, report = auto_class(config).from_pretrained(
-                source.location, dtype=dtype, output_loading_info=True, **placed, **source.options()
-            )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelLoadError(_explain(source, "weights", error)) from error
-    _refuse_random_weights(source, model, sorted(report["missing_keys"]))
+    classes = classes_to_try(load_config(source))
+    for number, chosen in enumerate(classes, start=1):
+        try:
+            with _bars_on_terminals_only(), _warnings_of(last_try=number == len(classes)):
+                model: PreTrainedModel
+                model, report = chosen.from_pretrained(
+                    source.location, dtype=dtype, output_loading_info=True, **placed, **source.options()
+                )
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise ModelLoadError(_explain(source, "weights", error)) from error
+        missing = _missing_parameters(model, report)
+        if not missing:
+            break
+    _refuse_random_weights(source, model, missing)
     if device_map is None:
         model = model.to(resolve_device(device))
     return model.eval().requires_grad_(False)
 
 
+def _missing_parameters(model: PreTrainedModel, report: Mapping[str, Any]) -> list[str]:
+    """Return the parameters that a checkpoint lacked; buffers that it lacks have a value of their own."""
+    parameters = {name for name, _ in model.named_parameters()}
+    return sorted(parameters & set(report["missing_keys"]))
+
+
 def _refuse_random_weights(source: ModelSource, model: PreTrainedModel, missing: list[str]) -> None:
-    """Refuse a model of which the checkpoint lacks a part, which transformers would draw at random."""
+    """Refuse a model of which the checkpoint lacks parameters, which transformers drew at random."""
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ModelLoadError(
             f"the weights of model {source.name!r} lack {missing[0]}{more} of {type(model).__name__}, which would be "
-            "random; take a checkpoint that has its language-modelling head, or set `architectures` in its config.json"
+            "random; take a checkpoint that has its language-modelling head"
         )
+
+
+@contextmanager
+def _warnings_of(*, last_try: bool) -> Iterator[None]:
+    """Hold back what the library says of a class that is not the last one tried."""
+    level = logging.get_verbosity()
+    if not last_try:
+        logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 @contextmanager

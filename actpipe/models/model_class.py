@@ -21,3 +21,15 @@ def auto_class(config: Any) -> Any:
         return AutoModelForSeq2SeqLM
     with_next_sentence = any(name.endswith("ForPreTraining") for name in config.architectures or ())
     return AutoModelForPreTraining if with_next_sentence and family.name == "bert" else AutoModelForMaskedLM
+
+
+def classes_to_try(config: Any) -> tuple[Any, ...]:
+    """Return the classes that a checkpoint may be loaded as, the fullest first.
+
+    Most BERTs were pretrained with a next-sentence head, whatever their configuration says, and TransformerLens
+    loads it; those that were saved without it are loaded without.
+    """
+    family = all_families().get(config.model_type)
+    if family is not None and family.heads is not None and family.heads.next_sentence is not None:
+        return AutoModelForPreTraining, AutoModelForMaskedLM
+    return (auto_class(config),)

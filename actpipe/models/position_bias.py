@@ -49,5 +49,6 @@ def _buckets(distance: torch.Tensor, *, n_buckets: int, max_distance: int, causa
         ahead = (distance > 0) * n_buckets
     steps = (-distance).clamp_min(0) if causal else distance.abs()
     exact = n_buckets // 2
-    far = exact + (steps / exact).clamp_min(1e-9).log() / math.log(max_distance / exact) * (n_buckets - exact)
-    return ahead + torch.where(steps < exact, steps, far.to(torch.long).clamp_max(n_buckets - 1))
+    beyond = (steps / exact).clamp_min(1e-9).log() / math.log(max_distance / exact) * (n_buckets - exact)
+    far = (exact + beyond.to(torch.long)).clamp_max(n_buckets - 1)
+    return ahead + torch.where(steps < exact, steps, far)

@@ -38,8 +38,6 @@ class Tap:
     """Which one to take where a module returns several."""
 
 
-_SAME_STREAM = {"hook_cross_attn_in": "hook_resid_mid"}
-
 UNEMBED_INPUT = "unembed.hook_in"
 """What the unembedding multiplies: the last norm's output, weight and bias included."""
 
@@ -156,7 +154,8 @@ class _InBlock:
             return self._at(self._part(family.ln2_post or family.mlp), "output", scaled, flat=family.flat_mlp)
         if kind == "hook_normalized_resid_post" or (kind == "hook_resid_post" and not family.post_norm):
             return self._at(block, "output")
-        norm = self._norm_that_reads(_SAME_STREAM.get(kind, self._block.mlp_stream if kind == "hook_mlp_in" else kind))
+        copied = {"hook_cross_attn_in": "hook_resid_mid", "hook_mlp_in": self._block.mlp_stream}
+        norm = self._norm_that_reads(copied.get(kind, kind))
         if norm is not None:
             return self._at(self._part(norm), "input", flat=family.flat_mlp)
         if kind in ("hook_resid_pre", "hook_mlp_in"):

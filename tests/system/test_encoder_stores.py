@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from support import MODELS, make_recipe, run
 
-from actpipe import HookedModel, open_store
-from actpipe.errors import RecipeError
+from actpipe import HookedModel, decompose_resid, open_store
+from actpipe.errors import RecipeError, UnsupportedModelError
 from actpipe.stores.token_table import TokenTable
 
 STORED = {"bert": ["*"], "t5": ["hook_embed", "encoder.*", "encoder_final_ln.*"]}
@@ -115,3 +115,10 @@ def test_windows_would_close_sequences_inside_documents(framing_bert, corpus, tm
 
     with pytest.raises(RecipeError, match="closing token of a bert model into the middle of documents"):
         run(recipe, tmp_path / "run")
+
+
+def test_the_residual_stream_of_an_encoder_is_not_taken_apart(ids_corpus, tmp_path):
+    run(recipe_for(ids_corpus, MODELS / "bert", column="ids", hooks=["*"]), tmp_path / "run")
+
+    with pytest.raises(UnsupportedModelError, match="is of bert, an encoder: its residual stream is not taken apart"):
+        decompose_resid(open_store(tmp_path / "run"))
