@@ -150,9 +150,14 @@ def _measure(family: Family, config: Any, block: nn.Module) -> BlockShape:
 
 
 def matrix(linear: nn.Module) -> torch.Tensor:
-    """Return a linear module's weight as `(d_in, d_out)`, so that `x @ W` is what it computes."""
+    """Return the weight that a linear module holds, `oriented`; without values where it is offloaded."""
     weight = linear.weight
     assert isinstance(weight, torch.Tensor)
+    return oriented(linear, weight)
+
+
+def oriented(linear: nn.Module, weight: torch.Tensor) -> torch.Tensor:
+    """Return a linear module's weight as `(d_in, d_out)`, so that `x @ W` is what it computes."""
     return weight if type(linear).__name__ == "Conv1D" else weight.T
 
 
