@@ -14,6 +14,7 @@ from actpipe.errors import UnsupportedModelError
 from actpipe.hooks import BlockShape, ModelShape
 from actpipe.models.families import family_of
 from actpipe.models.families.entry import Family, Paths, n_heads
+from actpipe.models.parameters import Reader, read_parameter
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def _bind(family: Family, native: PreTrainedModel) -> Anatomy:
         raise UnsupportedModelError(f"{type(native).__name__} has no unembedding; load a causal language model")
     shape = ModelShape(
         d_model=int(config.hidden_size),
-        d_vocab=int(matrix(unembed).shape[1]),
+        d_vocab=linear_sizes(unembed)[1],
         n_ctx=_context(config),
         norm=family.norm,
         learned_positions=family.pos_embed is not None,
@@ -136,7 +137,7 @@ def _measure(family: Family, config: Any, block: nn.Module) -> BlockShape:
         d_qk=d_head if family.q is not None else config.qk_nope_head_dim + config.qk_rope_head_dim,
         d_mlp=input_size(dense) if dense is not None and router is None else 0,
         mlp=mlp,  # type: ignore[arg-type]
-        n_experts=0 if router is None else matrix(router).shape[1],
+        n_experts=0 if router is None else linear_sizes(router)[1],
         n_experts_per_token=0 if router is None else int(config.num_experts_per_tok),
         projections=family.q is not None,
         rotary=family.is_rotary(config),
@@ -149,21 +150,26 @@ def _measure(family: Family, config: Any, block: nn.Module) -> BlockShape:
     )
 
 
-def matrix(linear: nn.Module) -> torch.Tensor:
-    """Return the weight that a linear module holds, `oriented`; without values where it is offloaded."""
+def matrix(linear: nn.Module, read: Reader = read_parameter) -> torch.Tensor:
+    """Return a linear module's weight as `(d_in, d_out)`, so that `x @ W` is what it computes."""
+    weight = read(linear, "weight")
+    assert weight is not None
+    return weight if type(linear).__name__ == "Conv1D" else weight.T
+
+
+def linear_sizes(linear: nn.Module) -> tuple[int, int]:
+    """Return `(d_in, d_out)` of a linear module, whose weight may be packed or offloaded."""
+    if isinstance(linear, nn.Linear):
+        return linear.in_features, linear.out_features
     weight = linear.weight
     assert isinstance(weight, torch.Tensor)
-    return oriented(linear, weight)
-
-
-def oriented(linear: nn.Module, weight: torch.Tensor) -> torch.Tensor:
-    """Return a linear module's weight as `(d_in, d_out)`, so that `x @ W` is what it computes."""
-    return weight if type(linear).__name__ == "Conv1D" else weight.T
+    first, last = weight.shape
+    return (first, last) if type(linear).__name__ == "Conv1D" else (last, first)
 
 
 def input_size(linear: nn.Module) -> int:
     """Return the length of the vectors that a linear module takes."""
-    return int(matrix(linear).shape[0])
+    return linear_sizes(linear)[0]
 
 
 def norm_epsilon(norm: nn.Module, default: float | None = None) -> float:

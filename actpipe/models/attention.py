@@ -305,7 +305,7 @@ class _Watch(TorchFunctionMode):
 
     def _see_softmax(self, before: torch.Tensor, after: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
         n_queries, n_keys = before.shape[-2:]
-        weight = next(self._module.parameters())
+        computed_in = next((p.dtype for p in self._module.parameters() if p.is_floating_point()), left.dtype)
         heads = int(getattr(self._module, "num_heads", 0) or getattr(self._module, "n_heads", before.shape[1]))
         shape = (-1, heads, n_queries, n_keys)
         key = right.transpose(-1, -2)
@@ -315,7 +315,7 @@ class _Watch(TorchFunctionMode):
                 key=key.reshape(before.numel() // (heads * n_queries * n_keys), -1, n_keys, key.shape[-1]),
                 before=before.reshape(shape),
                 after=after.reshape(shape),
-                least=torch.finfo(weight.dtype).min,
+                least=torch.finfo(computed_in).min,
                 alibi=self._alibi,
             )
         )

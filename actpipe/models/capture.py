@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import TracebackType
 from typing import Any, Self
 
@@ -50,6 +50,7 @@ class Capture(AbstractContextManager["Capture"]):
         for tap in self._taps:
             places[tap.module, tap.side].append(tap)
         with ExitStack() as stack:
+            stack.enter_context(uncompiled(self._native))
             if any(side == "attention" for _, side in places):
                 stack.enter_context(interface_watched())
             for (module, side), taps in places.items():
@@ -128,3 +129,17 @@ class Capture(AbstractContextManager["Capture"]):
             self._pending.discard(tap.name)
         if self._stop and not self._pending:
             raise _EverythingCaptured
+
+
+@contextmanager
+def uncompiled(native: nn.Module) -> Iterator[None]:
+    """Let a model run as it is written: what `torch.compile` made of it does not call hooks that came later."""
+    compiled = any(
+        module._compiled_call_impl is not None or hasattr(module.forward, "_torchdynamo_orig_callable")
+        for module in native.modules()
+    )
+    if compiled:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    else:
+        yield

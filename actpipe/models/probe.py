@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from actpipe.models.capture import uncompiled
 from actpipe.models.hooked_model import HookedModel
 
 COPIES = ("hook_attn_in", "hook_q_input", "hook_k_input", "hook_v_input")
@@ -16,7 +17,8 @@ class Probe:
         self.model = model
         self.shape = model.shape
         self.ids = ids.to(model.device)
-        self.bare = model.forward(ids)
+        with uncompiled(model.native):
+            self.bare = model.forward(ids)
         # Copies are n_heads times the stream: one layer's are enough to show what they are.
         names = [name for name, point in model.hook_points.items() if point.kind not in COPIES or point.layer == 0]
         self.logits, self.cache = model.run_with_cache(ids, names=names)

@@ -11,11 +11,10 @@ import torch
 from torch import nn
 
 from actpipe.hooks import BlockShape, HookPoint
-from actpipe.models.anatomy import Anatomy, norm_epsilon, oriented
+from actpipe.models.anatomy import Anatomy, matrix, norm_epsilon
 from actpipe.models.attention import AttentionSeen
 from actpipe.models.families.entry import Layout
 from actpipe.models.families.fused import Part, split_branch, split_heads
-from actpipe.models.parameters import read_parameter
 
 Side = Literal["input", "output", "attention"]
 
@@ -183,9 +182,7 @@ def _read_z(tensor: torch.Tensor, n_heads: int) -> torch.Tensor:
 
 def _read_result(tensor: torch.Tensor, out: nn.Module, n_heads: int, scale: float) -> torch.Tensor:
     z = _read_z(tensor, n_heads)
-    weight = read_parameter(out, "weight")
-    assert weight is not None
-    result = torch.einsum("bphd,hdm->bphm", z, oriented(out, weight).reshape(*z.shape[-2:], -1))
+    result = torch.einsum("bphd,hdm->bphm", z, matrix(out).to(z).reshape(*z.shape[-2:], -1))
     return _times(result, scale)
 
 

@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import nn
 
 from actpipe.errors import UnknownHookError, did_you_mean
-from actpipe.models.anatomy import Anatomy, matrix, oriented
+from actpipe.models.anatomy import Anatomy, linear_sizes, matrix
 from actpipe.models.families.entry import Projection
 from actpipe.models.families.fused import Part, split_branch, split_heads
 from actpipe.models.parameters import Reader, read_parameter
@@ -172,18 +172,17 @@ class Weights:
         return tensor
 
     def _matrix(self, linear: nn.Module) -> torch.Tensor:
-        return oriented(linear, self._tensor(linear, "weight"))
+        return matrix(linear, self._read)
 
     def _bias(self, linear: nn.Module) -> torch.Tensor:
         """Return a linear module's bias, zeros where it has none."""
         bias = self._read(linear, "bias")
         if bias is not None:
             return bias
-        declared = matrix(linear)
-        if declared.is_meta:
-            return torch.zeros(declared.shape[1], dtype=declared.dtype)
-        weight = self._matrix(linear)
-        return weight.new_zeros(weight.shape[1])
+        size, declared = linear_sizes(linear)[1], linear.weight
+        if isinstance(declared, torch.Tensor) and declared.is_meta and declared.is_floating_point():
+            return torch.zeros(size, dtype=declared.dtype)
+        return self._tensor(linear, "weight").new_zeros(size)
 
     def _norm_weight(self, norm: nn.Module, size: int, offset: float) -> torch.Tensor:
         """Return what a norm multiplies with, ones where it has no weight."""
