@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-slow lint types check bench schemas clean
+.PHONY: demo test test-slow test-quantised lint types check bench schemas clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed"'
@@ -19,6 +19,10 @@ test: $(READY)   ## run the tests
 
 test-slow: $(READY)   ## run the tests that take longer
 	$(BIN)/pytest -q -m 'slow and not gpu'
+
+test-quantised: $(READY)   ## run the tests of quantised models, with libraries of their own beside the rest
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .quantised torchao==0.18.0 bitsandbytes==0.50.2
+	PYTHONPATH=.quantised $(BIN)/pytest -q -k Quantised tests/unit/test_model_variants.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -39,4 +43,4 @@ schemas: $(READY)   ## write schemas/v1 from the models
 	$(BIN)/python -m actpipe.schemas.generate
 
 clean:
-	rm -rf .venv .typecheck build dist *.egg-info
+	rm -rf .venv .typecheck .quantised benchmarks/.envs build dist *.egg-info
