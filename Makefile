@@ -36,8 +36,9 @@ types: $(READY)   ## check the types of what is shipped: the wheel, not the chec
 
 check: lint types test
 
-bench: $(READY)   ## extraction against the bare model; takes a few minutes
+bench: $(READY)   ## extraction and hooks against the bare model; takes about half an hour
 	$(BIN)/python benchmarks/extract.py
+	$(BIN)/python benchmarks/hooks.py
 
 schemas: $(READY)   ## write schemas/v1 from the models
 	$(BIN)/python -m actpipe.schemas.generate

@@ -77,7 +77,7 @@ class AttentionCall:
     def scores(self) -> torch.Tensor:
         """Scores after soft cap and bias; ALiBi's bias counted from the query."""
         key = self.key.float().repeat_interleave(self.query.shape[1] // self.key.shape[1], dim=1)
-        scores = self.query.float() @ key.transpose(-1, -2) * self.scaling
+        scores = (self.query.float() @ key.transpose(-1, -2)).mul_(self.scaling)
         if self.softcap is not None:
             scores = self.softcap * torch.tanh(scores / self.softcap)
         if self.bias is not None:
@@ -107,7 +107,8 @@ class AttentionCall:
     def pattern(self) -> torch.Tensor:
         """Softmax of the scores, a sink taking its share."""
         if self.sinks is None:
-            return self.scores.softmax(dim=-1).nan_to_num_(nan=0.0)
+            pattern = self.scores.softmax(dim=-1)
+            return pattern if self.mask is None else pattern.nan_to_num_(nan=0.0)
         sink = self.sinks.float().reshape(1, -1, 1, 1).expand(*self.scores.shape[:-1], 1)
         return torch.cat([self.scores, sink], dim=-1).softmax(dim=-1)[..., :-1]
 

@@ -38,6 +38,8 @@ class Capture(AbstractContextManager["Capture"]):
         self._anatomy = anatomy
         self._native = anatomy.native
         self._taps = tuple(taps)
+        self.fresh = frozenset(tap.name for tap in self._taps if tap.fresh)
+        """Names whose tensors may be kept as they are; any other may be a view of what the model goes on to use."""
         self._sink = sink
         self._stop = stop
         self._pending: set[str] = set()

@@ -195,7 +195,7 @@ class HookedModel:
         kept: dict[str, torch.Tensor] = {}
 
         def keep(name: str, tensor: torch.Tensor) -> None:
-            kept[name] = tensor.clone()
+            kept[name] = tensor if name in capture.fresh else tensor.clone()
 
         with torch.no_grad(), self.capture(selected, keep, stop=False) as capture:
             output = capture.run(**self._inputs(input_ids, attention_mask))

@@ -35,6 +35,8 @@ class Tap:
     """Whether batch and positions pass there as one axis."""
     item: int = 0
     """Which one to take where a module returns several."""
+    fresh: bool = False
+    """Whether `read` returns a tensor of its own, which nothing else writes to."""
 
 
 UNEMBED_INPUT = "unembed.hook_in"
@@ -147,12 +149,13 @@ class _InBlock:
             if what == "z":
                 return self._at(out, "input", partial(_read_z, n_heads=block.n_heads))
             scale = self.anatomy.branch_scale
-            return self._at(out, "input", partial(_read_result, out=out, n_heads=block.n_heads, scale=scale))
+            read = partial(_read_result, out=out, n_heads=block.n_heads, scale=scale)
+            return replace(self._at(out, "input", read), fresh=True)
         attention = self._part(family.attention)
         if what in ("v", "rot_k"):
             read = partial(_read_value if what == "v" else _read_key, block=block)
             return self._at(attention, "attention", read)
-        return self._at(attention, "attention", _FROM_ATTENTION[what])
+        return replace(self._at(attention, "attention", _FROM_ATTENTION[what]), fresh=what != "rot_q")
 
     def _qk_norm(self, which: str, what: str) -> Tap:
         family = self.anatomy.family
@@ -218,7 +221,7 @@ def _norm_tap(anatomy: Anatomy, name: str, norm: nn.Module, *, flat: bool = Fals
         return Tap(name, norm, "output", _same, flat)
     read = _norm_scale if name.endswith("hook_scale") else _divided
     epsilon = norm_epsilon(norm, anatomy.family.norm_epsilon)
-    return Tap(name, norm, "input", partial(read, kind=kind, epsilon=epsilon), flat)
+    return Tap(name, norm, "input", partial(read, kind=kind, epsilon=epsilon), flat, fresh=True)
 
 
 def tap_before_affine(anatomy: Anatomy, tap: Tap) -> Tap:
