@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-slow lint types check bench schemas clean
+.PHONY: demo test test-slow test-quantised lint types check bench schemas clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed"'
@@ -20,6 +20,10 @@ test: $(READY)   ## run the tests
 test-slow: $(READY)   ## run the tests that take longer
 	$(BIN)/pytest -q -m 'slow and not gpu'
 
+test-quantised: $(READY)   ## run the tests of quantised models, with libraries of their own beside the rest
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .quantised torchao==0.18.0 bitsandbytes==0.50.2
+	PYTHONPATH=.quantised $(BIN)/pytest -q -k Quantised tests/unit/test_model_variants.py
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -32,11 +36,12 @@ types: $(READY)   ## check the types of what is shipped: the wheel, not the chec
 
 check: lint types test
 
-bench: $(READY)   ## extraction against the bare model; takes a few minutes
+bench: $(READY)   ## extraction and hooks against the bare model; takes about half an hour
 	$(BIN)/python benchmarks/extract.py
+	$(BIN)/python benchmarks/hooks.py
 
 schemas: $(READY)   ## write schemas/v1 from the models
 	$(BIN)/python -m actpipe.schemas.generate
 
 clean:
-	rm -rf .venv .typecheck build dist *.egg-info
+	rm -rf .venv .typecheck .quantised benchmarks/.envs build dist *.egg-info

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from actpipe.errors import ActpipeError as ActpipeError
     from actpipe.jobs.residual import decompose_resid as decompose_resid
+    from actpipe.models.checkpoint import open_weights as open_weights
     from actpipe.models.hooked_model import HookedModel as HookedModel
     from actpipe.opening import open_results as open_results
     from actpipe.opening import open_store as open_store
@@ -24,6 +25,7 @@ _PUBLIC = {
     "decompose_resid": "actpipe.jobs.residual",
     "open_results": "actpipe.opening",
     "open_store": "actpipe.opening",
+    "open_weights": "actpipe.models.checkpoint",
     "run_recipe": "actpipe.running",
 }
 
@@ -34,6 +36,7 @@ __all__ = [
     "decompose_resid",
     "open_results",
     "open_store",
+    "open_weights",
     "run_recipe",
 ]
 

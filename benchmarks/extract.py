@@ -24,26 +24,9 @@ import time
 import warnings
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-SPEECHES = ROOT / "workflows/data/tinyshakespeare_speeches.parquet"
-TOKENIZER = ROOT / "workflows/data/induction-2l"
-SCRATCH = ROOT / "runs"
-LAYERS, D_MODEL, CONTEXT = 6, 512, 256
+from subjects import CONTEXT, D_MODEL, LAYERS, ROOT, SCRATCH, SPEECHES, make_model
+
 BATCH_TOKENS = 8192
-
-
-def make_model(folder: Path) -> Path:
-    """Save a GPT-2 of the benchmark's size with random weights and the shipped tokenizer."""
-    import torch
-    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=512, n_positions=CONTEXT, n_embd=D_MODEL, n_layer=LAYERS, n_head=8, bos_token_id=0, eos_token_id=0
-    )
-    GPT2LMHeadModel(config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(folder)
-    return folder
 
 
 def make_corpus(folder: Path, copies: int) -> Path:

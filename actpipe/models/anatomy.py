@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from actpipe.errors import UnsupportedModelError
 from actpipe.hooks import BlockShape, ModelShape
 from actpipe.models.families.entry import Family, Paths
+from actpipe.models.parameters import Reader, read_parameter
 from actpipe.models.stacks import HeadParts, Stack, bind_heads, bind_stack
 
 
@@ -118,7 +119,7 @@ def _bind(family: Family, native: PreTrainedModel) -> Anatomy:
     heads = None if family.heads is None else bind_heads(family.heads, native)
     shape = ModelShape(
         d_model=int(config.hidden_size),
-        d_vocab=int(matrix(unembed).shape[1]),
+        d_vocab=linear_sizes(unembed)[1],
         n_ctx=_context(config, first),
         norm=family.norm,
         learned_positions=family.pos_embed is not None,
@@ -179,7 +180,7 @@ def _measure(family: Family, config: Any, block: nn.Module) -> BlockShape:
         d_qk=d_head if family.d_qk is None else family.d_qk(config),
         d_mlp=input_size(dense) if dense is not None and router is None else 0,
         mlp=mlp,  # type: ignore[arg-type]
-        n_experts=0 if router is None else matrix(router).shape[1],
+        n_experts=0 if router is None else linear_sizes(router)[1],
         n_experts_per_token=0 if router is None else _n_chosen(config),
         projections=family.q is not None,
         rotary=family.is_rotary(config),
@@ -226,19 +227,29 @@ def _n_chosen(config: Any) -> int:
 
 def _output_size(module: nn.Module) -> int:
     """Return the length of what a module puts out; 0 where only a run tells."""
-    return int(matrix(module).shape[1]) if hasattr(module, "weight") and module.weight.ndim == 2 else 0
+    return linear_sizes(module)[1] if hasattr(module, "weight") and module.weight.ndim == 2 else 0
 
 
-def matrix(linear: nn.Module) -> torch.Tensor:
+def matrix(linear: nn.Module, read: Reader = read_parameter) -> torch.Tensor:
     """Return a linear module's weight as `(d_in, d_out)`, so that `x @ W` is what it computes."""
+    weight = read(linear, "weight")
+    assert weight is not None
+    return weight if type(linear).__name__ == "Conv1D" else weight.T
+
+
+def linear_sizes(linear: nn.Module) -> tuple[int, int]:
+    """Return `(d_in, d_out)` of a linear module, whose weight may be packed or offloaded."""
+    if isinstance(linear, nn.Linear):
+        return linear.in_features, linear.out_features
     weight = linear.weight
     assert isinstance(weight, torch.Tensor)
-    return weight if type(linear).__name__ == "Conv1D" else weight.T
+    first, last = weight.shape
+    return (first, last) if type(linear).__name__ == "Conv1D" else (last, first)
 
 
 def input_size(linear: nn.Module) -> int:
     """Return the length of the vectors that a linear module takes."""
-    return int(matrix(linear).shape[0])
+    return linear_sizes(linear)[0]
 
 
 def norm_epsilon(norm: nn.Module, default: float | None = None) -> float:

@@ -82,7 +82,7 @@ class AttentionCall:
     def scores(self) -> torch.Tensor:
         """Scores after soft cap and bias; ALiBi's bias counted from the query."""
         key = self.key.float().repeat_interleave(self.query.shape[1] // self.key.shape[1], dim=1)
-        scores = self.query.float() @ key.transpose(-1, -2) * self.scaling
+        scores = (self.query.float() @ key.transpose(-1, -2)).mul_(self.scaling)
         if self.softcap is not None:
             scores = self.softcap * torch.tanh(scores / self.softcap)
         if self.bias is not None:
@@ -112,7 +112,8 @@ class AttentionCall:
     def pattern(self) -> torch.Tensor:
         """Softmax of the scores, a sink taking its share."""
         if self.sinks is None:
-            return self.scores.softmax(dim=-1).nan_to_num(nan=0.0)
+            pattern = self.scores.softmax(dim=-1)
+            return pattern if self.mask is None else pattern.nan_to_num(nan=0.0)
         sink = self.sinks.float().reshape(1, -1, 1, 1).expand(*self.scores.shape[:-1], 1)
         return torch.cat([self.scores, sink], dim=-1).softmax(dim=-1)[..., :-1]
 
@@ -161,6 +162,9 @@ def observe(module: nn.Module, observer: Observer | None, *, alibi: bool = False
 
 class Editor(Protocol):
     """Changes what goes through an attention layer."""
+
+    observers: list[Observer]
+    """Onlookers of a layer with code of its own, who are to see what the editor leaves."""
 
     @property
     def only_inputs(self) -> bool:
@@ -221,7 +225,11 @@ def _shown(
         editor = _editors[module]
         query, key, value = editor.inputs(query, key, value)
         if not editor.only_inputs:
-            return editor.run(_read_call(module, query, key, value, attention_mask, alibi=False, **kwargs))
+            call = _read_call(module, query, key, value, attention_mask, alibi=False, **kwargs)
+            given = editor.run(call)
+            if module in _observers:
+                _observers[module][0](call)
+            return given
     if module not in _observers:
         return function(module, query, key, value, attention_mask, *args, **kwargs)
     observer, alibi = _observers[module]
@@ -282,25 +290,39 @@ class OwnAttention:
     module: nn.Module
     observer: Observer
     alibi: bool = False
+    edits: bool = False
+    """Whether the module's editor works here."""
     _forward: Callable[..., Any] | None = field(default=None, init=False)
 
     def attach(self) -> None:
-        """Stand beside the module's forward."""
+        """Stand beside the module's forward, or behind the editor that stands there."""
+        if self.module in _editors and not self.edits:
+            _editors[self.module].observers.append(self.observer)
+            return
         forward = self._forward = self.module.forward
 
         def watched(*args: Any, **kwargs: Any) -> Any:
-            with _Watch(self.module, self.observer, alibi=self.alibi):
+            with _Watch(self.module, self._observers(), self._editor(), alibi=self.alibi):
                 return forward(*args, **kwargs)
 
         self.module.forward = watched
 
     def detach(self) -> None:
         """Leave the module as it was."""
+        if self.module in _editors and self.observer in _editors[self.module].observers:
+            _editors[self.module].observers.remove(self.observer)
         if self._forward is not None:
             self.module.__dict__.pop("forward", None)
             if self.module.forward != self._forward:
                 self.module.forward = self._forward
             self._forward = None
+
+    def _editor(self) -> Editor | None:
+        return _editors.get(self.module) if self.edits else None
+
+    def _observers(self) -> list[Observer]:
+        editor = self._editor()
+        return [self.observer] if editor is None else [self.observer, *editor.observers]
 
 
 _PRODUCTS = {"matmul", "__matmul__", "bmm", "baddbmm"}
@@ -309,10 +331,11 @@ _PRODUCTS = {"matmul", "__matmul__", "bmm", "baddbmm"}
 class _Watch(TorchFunctionMode):
     """Sees the product of queries and keys, and the softmax over it."""
 
-    def __init__(self, module: nn.Module, observer: Observer, *, alibi: bool) -> None:
+    def __init__(self, module: nn.Module, observers: list[Observer], editor: Editor | None, *, alibi: bool) -> None:
         super().__init__()
         self._module = module
-        self._observer = observer
+        self._observers = observers
+        self._editor = editor
         self._alibi = alibi
         self._factors: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -323,19 +346,23 @@ class _Watch(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "scaled_dot_product_attention":
             call = self._as_call(*args, **kwargs)
-            self._observer(call)
-            if self._module in _editors:
-                return _editors[self._module].run(call)[0].transpose(1, 2)
+            output = func(*args, **kwargs) if self._editor is None else self._editor.run(call)[0].transpose(1, 2)
+            self._show(call)
+            return output
         output = func(*args, **kwargs)
         if name in _PRODUCTS:
             left = kwargs.get("batch1", args[1] if len(args) > 2 else args[0])
             right = kwargs.get("batch2", args[-1])
             self._factors = left, right
         elif name == "softmax" and self._factors is not None:
+            if self._editor is not None:
+                output = self._editor.pattern(output.float()).to(output.dtype)
             self._see_softmax(args[0] if args else kwargs["input"], output, *self._factors)
-            if self._module in _editors:
-                return _editors[self._module].pattern(output.float()).to(output.dtype)
         return output
+
+    def _show(self, seen: AttentionSeen) -> None:
+        for observer in self._observers:
+            observer(seen)
 
     def _as_call(
         self,
@@ -353,17 +380,17 @@ class _Watch(TorchFunctionMode):
 
     def _see_softmax(self, before: torch.Tensor, after: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
         n_queries, n_keys = before.shape[-2:]
-        weight = next(self._module.parameters())
+        computed_in = next((p.dtype for p in self._module.parameters() if p.is_floating_point()), left.dtype)
         heads = int(getattr(self._module, "num_heads", 0) or getattr(self._module, "n_heads", before.shape[1]))
         shape = (-1, heads, n_queries, n_keys)
         key = right.transpose(-1, -2)
-        self._observer(
+        self._show(
             SoftmaxCall(
                 query=left.reshape(-1, heads, n_queries, left.shape[-1]),
                 key=key.reshape(before.numel() // (heads * n_queries * n_keys), -1, n_keys, key.shape[-1]),
                 before=before.reshape(shape),
                 after=after.reshape(shape),
-                least=torch.finfo(weight.dtype).min,
+                least=torch.finfo(computed_in).min,
                 alibi=self._alibi,
             )
         )

@@ -38,6 +38,8 @@ class Capture(AbstractContextManager["Capture"]):
         self._anatomy = anatomy
         self._native = anatomy.native
         self._taps = tuple(taps)
+        self.fresh = frozenset(tap.name for tap in self._taps if tap.fresh)
+        """Names whose tensors may be kept as they are; any other may be a view of what the model goes on to use."""
         self._sink = sink
         self._stop = stop
         self._pending: set[str] = set()
@@ -50,6 +52,7 @@ class Capture(AbstractContextManager["Capture"]):
         for tap in self._taps:
             places[tap.module, tap.side].append(tap)
         with ExitStack() as stack:
+            stack.enter_context(uncompiled(self._native))
             if any(side == "attention" for _, side in places):
                 stack.enter_context(interface_watched())
             for (module, side), taps in places.items():
@@ -151,3 +154,17 @@ class Capture(AbstractContextManager["Capture"]):
             self._pending.discard(tap.name)
         if self._stop and not self._pending:
             raise _EverythingCaptured
+
+
+@contextmanager
+def uncompiled(native: nn.Module) -> Iterator[None]:
+    """Let a model run as it is written: what `torch.compile` made of it does not call hooks that came later."""
+    compiled = any(
+        module._compiled_call_impl is not None or hasattr(module.forward, "_torchdynamo_orig_callable")
+        for module in native.modules()
+    )
+    if compiled:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    else:
+        yield

@@ -22,7 +22,7 @@ from torch import nn
 from actpipe.errors import UnsupportedModelError
 from actpipe.hooks import HookPoint
 from actpipe.models.anatomy import Anatomy, norm_epsilon
-from actpipe.models.attention import AttentionCall, OwnAttention, edit, interface_watched
+from actpipe.models.attention import AttentionCall, Observer, OwnAttention, edit, interface_watched
 from actpipe.models.taps import Side, Tap, norm_divided, norm_scale, tap_for
 
 Hook = Callable[[torch.Tensor, HookPoint], torch.Tensor | None]
@@ -215,7 +215,7 @@ class Editing(AbstractContextManager["Editing"]):
         edit(module, AttentionEditor(points))
         stack.callback(edit, module, None)
         if side == "own_attention":
-            own = OwnAttention(module, lambda _: None, self._anatomy.alibi)
+            own = OwnAttention(module, lambda _: None, self._anatomy.alibi, edits=True)
             own.attach()
             stack.callback(own.detach)
 
@@ -225,6 +225,7 @@ class AttentionEditor:
     """Changes what goes through one attention layer; by `rot_q`, `rot_k`, `v`, `attn_scores`, `pattern`."""
 
     points: Mapping[str, _Point]
+    observers: list[Observer] = field(default_factory=list)
 
     @property
     def only_inputs(self) -> bool:
@@ -244,9 +245,10 @@ class AttentionEditor:
         assert call.value is not None
         if "attn_scores" in self.points:
             call.scores = self.points["attn_scores"].run(call.scores)
-        pattern = self.pattern(call.pattern)
+        pattern = call.pattern = self.pattern(call.pattern)
         value = call.value.repeat_interleave(pattern.shape[1] // call.value.shape[1], dim=1)
-        return (pattern.to(value.dtype) @ value).transpose(1, 2), pattern
+        call.output = (pattern.to(value.dtype) @ value).transpose(1, 2)
+        return call.output, pattern
 
     def pattern(self, pattern: torch.Tensor) -> torch.Tensor:
         """Return the pattern as the hooks leave it."""

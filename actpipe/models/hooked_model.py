@@ -24,6 +24,7 @@ from actpipe.models.loading import (
     load_skeleton,
     load_tokenizer,
 )
+from actpipe.models.parameters import execution_device
 from actpipe.models.passes import Input, InputIds, PassMethods, as_tensor
 from actpipe.models.prompts import PaddingSide, Prompts
 from actpipe.models.recognition import family_for
@@ -168,10 +169,8 @@ class HookedModel(PassMethods):
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go: the device of the embedding."""
-        weight = self.anatomy.embed.weight
-        assert isinstance(weight, torch.Tensor)
-        return self.native.device if weight.device.type == "meta" else weight.device
+        """Where inputs go: the device that the embedding computes on."""
+        return execution_device(self.anatomy.embed)
 
     @property
     def dtype(self) -> torch.dtype:

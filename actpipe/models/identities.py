@@ -17,6 +17,8 @@ from actpipe.models.laws import all_laws
 from actpipe.models.probe import Probe
 
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+_TOLERANCE_QUANTISED = 5e-2
+"""Kernels for quantised weights may round their inputs to eight bits as well."""
 _LONGEST_PROBE = 512
 """Windows beyond this are not probed: the scores of a sequence that long would not fit beside the model."""
 
@@ -82,8 +84,13 @@ def _evaluate(law: Law, probe: Probe) -> Outcome | None:
         error = _difference(left, right)
         if not error <= worst:
             worst, where = error, f"layer {layer}" if law.per_layer else "the whole model"
-    tolerance = 0.0 if law.exact else _TOLERANCE[probe.model.dtype]
+    tolerance = 0.0 if law.exact else _rounding(probe.model)
     return Outcome(law.statement, law.kinds, worst, tolerance, where) if layers else None
+
+
+def _rounding(model: HookedModel) -> float:
+    quantised = getattr(model.native, "is_quantized", False)
+    return max(_TOLERANCE[model.dtype], _TOLERANCE_QUANTISED if quantised else 0.0)
 
 
 def _layers_of(law: Law, probe: Probe) -> list[int]:

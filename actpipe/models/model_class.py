@@ -29,7 +29,7 @@ def classes_to_try(config: Any) -> tuple[Any, ...]:
     Most BERTs were pretrained with a next-sentence head, whatever their configuration says, and TransformerLens
     loads it; those that were saved without it are loaded without.
     """
-    family = all_families().get(config.model_type)
+    family = entry_for(config)
     if family is not None and family.heads is not None and family.heads.next_sentence is not None:
         return AutoModelForPreTraining, AutoModelForMaskedLM
     return (auto_class(config),)

@@ -177,7 +177,8 @@ class PassMethods(PromptMethods, ABC):
         kept: dict[str, torch.Tensor] = {}
 
         def keep(name: str, tensor: torch.Tensor) -> None:
-            kept[name] = tensor.clone() if device is None else tensor.to(device, copy=True)
+            kept[name] = tensor if name in capture.fresh and not self.editing else tensor.clone()
+            kept[name] = kept[name] if device is None else kept[name].to(device)
 
         with self.capture(selected, keep, stop=False) as capture, capture.complete():
             output = self.forward(input, attention_mask, stop_at_layer=stop_at_layer, **arguments)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from actpipe.models.capture import uncompiled
 from actpipe.models.hooked_model import HookedModel
 
 COPIES = ("hook_attn_in", "hook_q_input", "hook_k_input", "hook_v_input")
@@ -19,7 +20,8 @@ class Probe:
         self.shape = model.shape
         self.ids = ids.to(model.device)
         self.others = other_inputs(model, self.ids)
-        self.bare = model.forward(ids, **self.others)
+        with uncompiled(model.native):
+            self.bare = model.forward(ids, **self.others)
         # Copies are n_heads times the stream: one layer's are enough to show what they are.
         first = next((layer for layer, block in enumerate(model.shape.blocks) if block.attention), 0)
         names = [name for name, point in model.hook_points.items() if point.kind not in COPIES or point.layer == first]

@@ -36,6 +36,8 @@ class Tap:
     """Whether batch and positions pass there as one axis."""
     item: int = 0
     """Which one to take where a module returns several."""
+    fresh: bool = False
+    """Whether `read` returns a tensor of its own, which nothing else writes to."""
 
 
 UNEMBED_INPUT = "unembed.hook_in"
@@ -201,13 +203,15 @@ class _InBlock:
             if what == "z":
                 return self._at(out, "input", partial(_read_z, n_heads=block.n_heads))
             scale = self.anatomy.branch_scale
-            return self._at(out, "input", partial(_read_result, out=out, n_heads=block.n_heads, scale=scale))
+            read = partial(_read_result, out=out, n_heads=block.n_heads, scale=scale)
+            return replace(self._at(out, "input", read), fresh=True)
         attention = self._part(paths.attention)
         side: Side = "attention" if self._family.sees_attention_by == "interface" else "own_attention"
         if what in ("v", "rot_k"):
             read = partial(_read_value if what == "v" else _read_key, block=block)
             return self._at(attention, side, read)
-        return self._at(attention, side, _FROM_ATTENTION[what])
+        computed = what in ("attn_scores", "pattern")
+        return replace(self._at(attention, side, _FROM_ATTENTION[what]), fresh=computed)
 
     def _qk_norm(self, which: str, what: str) -> Tap:
         family = self._family
@@ -237,7 +241,7 @@ def _read_z(tensor: torch.Tensor, n_heads: int) -> torch.Tensor:
 
 def _read_result(tensor: torch.Tensor, out: nn.Module, n_heads: int, scale: float) -> torch.Tensor:
     z = _read_z(tensor, n_heads)
-    result = torch.einsum("bphd,hdm->bphm", z, matrix(out).reshape(*z.shape[-2:], -1))
+    result = torch.einsum("bphd,hdm->bphm", z, matrix(out).to(z).reshape(*z.shape[-2:], -1))
     return _times(result, scale)
 
 
@@ -279,7 +283,7 @@ def _norm_tap(anatomy: Anatomy, name: str, norm: nn.Module, *, flat: bool = Fals
         return Tap(name, norm, "output", _same, flat)
     read = norm_scale if name.endswith("hook_scale") else _divided
     epsilon = norm_epsilon(norm, anatomy.family.norm_epsilon)
-    return Tap(name, norm, "input", partial(read, kind=kind, epsilon=epsilon), flat)
+    return Tap(name, norm, "input", partial(read, kind=kind, epsilon=epsilon), flat, fresh=True)
 
 
 def tap_before_affine(anatomy: Anatomy, tap: Tap) -> Tap:

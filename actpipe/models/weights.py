@@ -5,7 +5,6 @@ Source: TransformerLens 2.16, `weight_conversions` and the properties of `Hooked
 
 from __future__ import annotations
 
-import operator
 import re
 from collections.abc import Callable
 from functools import partial
@@ -15,24 +14,30 @@ from einops import rearrange
 from torch import nn
 
 from actpipe.errors import UnknownHookError, did_you_mean
-from actpipe.models.anatomy import Anatomy, matrix
+from actpipe.models.anatomy import Anatomy, linear_sizes, matrix
 from actpipe.models.encoder_weights import outside_blocks
 from actpipe.models.families.entry import CrossAttention, Family, Projection
 from actpipe.models.families.fused import Part, split_branch, split_heads
+from actpipe.models.parameters import Reader, read_parameter
 
 _BLOCK = re.compile(r"((?:blocks|encoder|decoder)\.\d+)\.(.+)")
 
 
 class Weights:
-    """Views of a loaded model's weights; nothing is copied before it is asked for.
+    """Views of a model's weights; nothing is read or copied before it is asked for.
 
     `weights["blocks.0.attn.W_Q"]` is one parameter by its TransformerLens name, and the
     properties are the same stacked over layers. Biases that a model lacks are zeros.
+
+    Args:
+        anatomy: The model, or its skeleton.
+        read: Where parameters come from: the model's modules, or a checkpoint.
     """
 
-    def __init__(self, anatomy: Anatomy) -> None:
+    def __init__(self, anatomy: Anatomy, read: Reader = read_parameter) -> None:
         self._anatomy = anatomy
         self._shape = anatomy.shape
+        self._read = read
 
     def __getitem__(self, name: str) -> torch.Tensor:
         """Return one parameter.
@@ -71,20 +76,20 @@ class Weights:
         anatomy, config = self._anatomy, self._anatomy.config
         embed_scale, logit_scale = float(anatomy.family.embed_scale(config)), anatomy.logit_scale
         if anatomy.shape.encoder_decoder or not anatomy.shape.causal:
-            return outside_blocks(anatomy, self._norm)
+            return outside_blocks(anatomy, self._norm, self._read)
         getters: dict[str, Callable[[], torch.Tensor]] = {
-            "embed.W_E": lambda: _times(_tensor(anatomy.embed, "weight"), embed_scale),
-            "unembed.W_U": lambda: _times(matrix(anatomy.unembed), logit_scale),
-            "unembed.b_U": lambda: _times(_bias(anatomy.unembed), logit_scale),
+            "embed.W_E": lambda: _times(self._tensor(anatomy.embed, "weight"), embed_scale),
+            "unembed.W_U": lambda: _times(self._matrix(anatomy.unembed), logit_scale),
+            "unembed.b_U": lambda: _times(self._bias(anatomy.unembed), logit_scale),
         }
         if anatomy.final_norm is not None:
             getters |= self._norm("ln_final", anatomy.final_norm)
         if anatomy.embed_norm is not None:
             getters |= self._norm("embed.ln", anatomy.embed_norm)
         if anatomy.pos_embed is not None:
-            name = "weight" if hasattr(anatomy.pos_embed, "weight") else "weights"
+            pos_embed, name = anatomy.pos_embed, "weight" if hasattr(anatomy.pos_embed, "weight") else "weights"
             offset = anatomy.family.position_offset(config)
-            getters["pos_embed.W_pos"] = lambda: _tensor(anatomy.pos_embed, name)[offset:]
+            getters["pos_embed.W_pos"] = lambda: self._tensor(pos_embed, name)[offset:]
         return getters
 
     def _of_block(self, layer: int) -> dict[str, Callable[[], torch.Tensor]]:
@@ -98,19 +103,19 @@ class Weights:
                 getters |= self._norm(name, anatomy.part(layer, getattr(family, name)))
         if block.relative_bias:
             table = anatomy.part(layer, family.relative_bias or "")
-            getters["attn.rel_pos_bias.weight"] = lambda: _tensor(table, "weight")
+            getters["attn.rel_pos_bias.weight"] = lambda: self._tensor(table, "weight")
         if block.mlp in ("plain", "gated"):
             w_out, gate = anatomy.part(layer, family.w_out), family.gate(anatomy.config)
             if family.w_in is not None:
                 getters |= self._branch("in", layer, family.w_in)
-            getters["mlp.W_out"] = lambda: _times(matrix(w_out), scale)
-            getters["mlp.b_out"] = lambda: _times(_bias(w_out), scale)
+            getters["mlp.W_out"] = lambda: _times(self._matrix(w_out), scale)
+            getters["mlp.b_out"] = lambda: _times(self._bias(w_out), scale)
             if gate is not None:
                 getters |= self._branch("gate", layer, gate)
         elif block.mlp == "experts":
             router = anatomy.part(layer, family.router or "")
-            getters["mlp.W_router"] = lambda: matrix(router)
-            getters["mlp.b_router"] = lambda: _bias(router)
+            getters["mlp.W_router"] = lambda: self._matrix(router)
+            getters["mlp.b_router"] = lambda: self._bias(router)
         return getters
 
     def _attention(
@@ -119,8 +124,8 @@ class Weights:
         anatomy, block = self._anatomy, self._shape.blocks[layer]
         out, scale = anatomy.part(layer, paths.out), anatomy.branch_scale
         getters: dict[str, Callable[[], torch.Tensor]] = {
-            f"{where}.W_O": lambda: _times(rearrange(matrix(out), "(h d) m -> h d m", h=block.n_heads), scale),
-            f"{where}.b_O": lambda: _times(_bias(out), scale),
+            f"{where}.W_O": lambda: _times(rearrange(self._matrix(out), "(h d) m -> h d m", h=block.n_heads), scale),
+            f"{where}.b_O": lambda: _times(self._bias(out), scale),
         }
         if block.projections:
             for which in ("q", "k", "v"):
@@ -132,24 +137,25 @@ class Weights:
                     getters[f"{where}._b_{which.upper()}"] = partial(heads, "bias", repeat=False)
         if where == "attn" and block.qk_norm != "none":
             getters |= self._qk_norms(layer)
-        if where == "attn" and anatomy.family.sinks is not None:
-            read_sinks = operator.attrgetter(anatomy.family.sinks)
-            getters["attn.sinks"] = lambda: read_sinks(anatomy.blocks[layer])
+        sinks = self._anatomy.family_at(layer).sinks
+        if where == "attn" and sinks is not None:
+            path, _, name = sinks.rpartition(".")
+            getters["attn.sinks"] = lambda: self._tensor(anatomy.part(layer, path), name)
         return getters
 
     def _branch(self, name: str, layer: int, projection: Projection) -> dict[str, Callable[[], torch.Tensor]]:
         module = self._anatomy.part(layer, projection.module)
         layout = projection.layout_in(self._anatomy.config)
         return {
-            f"mlp.W_{name}": lambda: split_branch(matrix(module), layout),
-            f"mlp.b_{name}": lambda: split_branch(_bias(module), layout),
+            f"mlp.W_{name}": lambda: split_branch(self._matrix(module), layout),
+            f"mlp.b_{name}": lambda: split_branch(self._bias(module), layout),
         }
 
     def _norm(self, name: str, norm: nn.Module) -> dict[str, Callable[[], torch.Tensor]]:
         offset, size = self._anatomy.family.norm_offset, self._shape.d_model
-        getters: dict[str, Callable[[], torch.Tensor]] = {f"{name}.w": lambda: _norm_weight(norm, size, offset)}
+        getters: dict[str, Callable[[], torch.Tensor]] = {f"{name}.w": lambda: self._norm_weight(norm, size, offset)}
         if self._anatomy.family.norm == "LN":
-            getters[f"{name}.b"] = lambda: _norm_bias(norm, size)
+            getters[f"{name}.b"] = lambda: self._norm_bias(norm, size)
         return getters
 
     def _qk_norms(self, layer: int) -> dict[str, Callable[[], torch.Tensor]]:
@@ -164,11 +170,11 @@ class Weights:
             norm = self._anatomy.part(layer, getattr(family, which))
             leaves = [module for module in norm.modules() if not list(module.children())]
             if len(leaves) == 1:
-                getters[f"attn.{which}.w"] = partial(_norm_weight, leaves[0], block.d_qk, offset)
-                getters[f"attn.{which}.b"] = partial(_norm_bias, leaves[0], block.d_qk)
+                getters[f"attn.{which}.w"] = partial(self._norm_weight, leaves[0], block.d_qk, offset)
+                getters[f"attn.{which}.b"] = partial(self._norm_bias, leaves[0], block.d_qk)
             else:
-                getters[f"attn.{which}.w"] = partial(_stacked, _norm_weight, leaves, block.d_qk, offset)
-                getters[f"attn.{which}.b"] = partial(_stacked, _norm_bias, leaves, block.d_qk)
+                getters[f"attn.{which}.w"] = partial(_stacked, self._norm_weight, leaves, block.d_qk, offset)
+                getters[f"attn.{which}.b"] = partial(_stacked, self._norm_bias, leaves, block.d_qk)
         return getters
 
     def _heads(
@@ -176,10 +182,43 @@ class Weights:
     ) -> torch.Tensor:
         """Return `(head, d_model, d_head)` or `(head, d_head)`; grouped keys and values are repeated, as there."""
         module, block = self._anatomy.part(layer, projection.module), self._shape.blocks[layer]
-        fused = matrix(module) if what == "weight" else _bias(module)
+        fused = self._matrix(module) if what == "weight" else self._bias(module)
         heads = split_heads(fused, projection.layout_in(self._anatomy.config), which, block)
         heads = heads.transpose(0, 1) if what == "weight" else heads
         return heads.repeat_interleave(block.n_heads // heads.shape[0], dim=0) if repeat else heads
+
+    def _tensor(self, module: nn.Module, name: str) -> torch.Tensor:
+        tensor = self._read(module, name)
+        assert tensor is not None
+        return tensor
+
+    def _matrix(self, linear: nn.Module) -> torch.Tensor:
+        return matrix(linear, self._read)
+
+    def _bias(self, linear: nn.Module) -> torch.Tensor:
+        """Return a linear module's bias, zeros where it has none."""
+        bias = self._read(linear, "bias")
+        if bias is not None:
+            return bias
+        size, declared = linear_sizes(linear)[1], linear.weight
+        if isinstance(declared, torch.Tensor) and declared.is_meta and declared.is_floating_point():
+            return torch.zeros(size, dtype=declared.dtype)
+        return self._tensor(linear, "weight").new_zeros(size)
+
+    def _norm_weight(self, norm: nn.Module, size: int, offset: float) -> torch.Tensor:
+        """Return what a norm multiplies with, ones where it has no weight."""
+        weight = self._read(norm, "weight")
+        if weight is None:
+            return torch.ones(size)
+        return weight if offset == 0 else weight.float() + offset
+
+    def _norm_bias(self, norm: nn.Module, size: int) -> torch.Tensor:
+        """Return what a norm adds, zeros where it has no bias."""
+        bias = self._read(norm, "bias")
+        if bias is not None:
+            return bias
+        weight = self._read(norm, "weight")
+        return torch.zeros(size) if weight is None else torch.zeros_like(weight)
 
     def _stack(self, kind: str) -> torch.Tensor:
         return torch.stack([self[f"{self._shape.block_name(i)}.{kind}"] for i in range(self._shape.n_layers)])
@@ -272,36 +311,6 @@ class Weights:
 
 def _times(tensor: torch.Tensor, factor: float) -> torch.Tensor:
     return tensor if factor == 1.0 else tensor * factor
-
-
-def _tensor(module: nn.Module | None, name: str) -> torch.Tensor:
-    tensor = getattr(module, name)
-    assert isinstance(tensor, torch.Tensor)
-    return tensor
-
-
-def _bias(module: nn.Module) -> torch.Tensor:
-    """Return a linear module's bias, zeros where it has none."""
-    weight = matrix(module)
-    bias = getattr(module, "bias", None)
-    return weight.new_zeros(weight.shape[1]) if bias is None else bias
-
-
-def _norm_weight(norm: nn.Module, size: int, offset: float) -> torch.Tensor:
-    """Return what a norm multiplies with, ones where it has no weight."""
-    weight = getattr(norm, "weight", None)
-    if weight is None:
-        return torch.ones(size)
-    return weight if offset == 0 else weight.float() + offset
-
-
-def _norm_bias(norm: nn.Module, size: int) -> torch.Tensor:
-    """Return what a norm adds, zeros where it has no bias."""
-    bias = getattr(norm, "bias", None)
-    if bias is not None:
-        return bias
-    weight = getattr(norm, "weight", None)
-    return torch.zeros(size) if weight is None else torch.zeros_like(weight)
 
 
 def _stacked(read: Callable[..., torch.Tensor], norms: list[nn.Module], *args: float) -> torch.Tensor:

@@ -93,13 +93,15 @@ def test_ablating_a_head_takes_away_what_it_writes():
     torch.testing.assert_close(ablated["blocks.0.hook_attn_out"], expected, atol=1e-5, rtol=1e-5)
 
 
-def test_a_pattern_can_be_replaced():
-    model = build("llama")
+@pytest.mark.parametrize("family", ["llama", "gptj", "bloom", "falcon, alibi", "gpt2", "gpt_bigcode"])
+def test_a_pattern_can_be_replaced(family):
+    model = build(family)
     ids = probe_ids(model)
     uniform = torch.ones(2, 4, ids.shape[1], ids.shape[1]).tril()
     uniform = uniform / uniform.sum(-1, keepdim=True)
     with model.hooks(fwd_hooks=[("pattern1", lambda *_: uniform)]):
-        _, cache = model.run_with_cache(ids, names=["z1", "v1"])
+        _, cache = model.run_with_cache(ids, names=["z1", "v1", "pattern1"])
+    assert torch.equal(cache["blocks.1.attn.hook_pattern"], uniform)
     v = cache["blocks.1.attn.hook_v"].repeat_interleave(4 // cache["blocks.1.attn.hook_v"].shape[2], dim=2)
     expected = torch.einsum("bhqk,bkhd->bqhd", uniform, v)
     torch.testing.assert_close(cache["blocks.1.attn.hook_z"], expected, atol=1e-5, rtol=1e-5)
