@@ -49,6 +49,16 @@ class BlockRecord(Contract):
     ln1_post: bool
     ln2_post: bool
     qk_norm: Literal["none", "head", "all"]
+    attention: bool
+    """Whether queries, keys and a pattern are seen."""
+    z: bool
+    """Whether one projection mixes the heads into what attention puts out."""
+    gated_z: bool
+    """Whether something stands between the mixed values and that projection."""
+    branches: tuple[str, ...]
+    """Hook points whose values the block adds to the residual stream."""
+    others: tuple[tuple[str, NonNegativeInt], ...]
+    """More named outputs, with their lengths."""
     stack: Literal["blocks", "encoder", "decoder"] = "blocks"
     """How its names begin."""
     post_norm: bool = False
@@ -72,6 +82,8 @@ class ShapeRecord(Contract):
     blocks: Annotated[tuple[BlockRecord, ...], Field(min_length=1)]
     embed_norm: bool
     logit_softcap: float | None
+    withheld: tuple[str, ...]
+    """Kinds of hook points that no identity proves for this architecture, and that are not offered."""
     final_norm: bool = True
     token_types: NonNegativeInt = 0
     """Kinds of segment that the embedding tells apart."""

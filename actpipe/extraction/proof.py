@@ -23,6 +23,11 @@ def prove_hooks(model: HookedModel, tokens: TokenTable, names: tuple[str, ...]) 
     length = min(map(len, first))
     real = torch.from_numpy(np.stack([ids[:length] for ids in first])) if len(first) == 2 else None
     ids = probe_ids(model, _PROBE_TOKENS) if real is None or length < 4 else real
+    for name in names:
+        if name not in model.hook_points:
+            raise IdentityError(
+                f"{name} is not offered for this {model.anatomy.family.name} model; see the warning above"
+            )
     wrong = unproven(model, check_identities(model, ids), names)
     for name, outcome in wrong.items():
         raise IdentityError(

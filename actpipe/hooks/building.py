@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from actpipe.hooks.catalogue import HookPoint, ModelShape, decoder_points
+from actpipe.hooks.catalogue import HookPoint, ModelShape
+from actpipe.hooks.decoders import decoder_points
 from actpipe.hooks.encoders import encoder_decoder_points, encoder_points
 
 
@@ -12,4 +13,4 @@ def build_catalogue(shape: ModelShape) -> dict[str, HookPoint]:
         points = encoder_decoder_points(shape)
     else:
         points = decoder_points(shape) if shape.causal else encoder_points(shape)
-    return {point.name: point for point in points}
+    return {point.name: point for point in points if point.kind not in shape.withheld}

@@ -45,6 +45,16 @@ class BlockShape:
     ln2_post: bool = False
     qk_norm: Literal["none", "head", "all"] = "none"
     """`head`: over each head's vector; `all`: over all heads together."""
+    attention: bool = True
+    """Whether queries, keys and a pattern are seen."""
+    z: bool = True
+    """Whether one projection mixes the heads into what attention puts out."""
+    gated_z: bool = False
+    """Whether something stands between the mixed values and that projection."""
+    branches: tuple[str, ...] = ("hook_attn_out", "hook_mlp_out")
+    """What is added to the stream, in order; none where the block does something else to it."""
+    others: tuple[tuple[str, int], ...] = ()
+    """More outputs of modules by name, with their lengths."""
     stack: Stack = "blocks"
     """How its names begin: `encoder` or `decoder` where a model has both."""
     post_norm: bool = False
@@ -78,6 +88,7 @@ class BlockShape:
             "choice": self.n_experts_per_token,
             "q_all": self.n_heads * self.d_qk,
             "k_all": self.n_kv_heads * self.d_qk,
+            **{f"d_{kind}": size for kind, size in self.others},
         }
         return sizes[axis]
 
@@ -96,6 +107,8 @@ class ModelShape:
     embed_norm: bool = False
     """Whether the embedding passes a norm of its own before the first block."""
     logit_softcap: float | None = None
+    withheld: tuple[str, ...] = ()
+    """Kinds of hook points that are not offered, as no identity proves them."""
     final_norm: bool = True
     """Whether a norm stands after the last block."""
     token_types: int = 0
@@ -202,19 +215,6 @@ class HookPoint:
         return math.prod(self.row_shape(shape, context_length))
 
 
-def decoder_points(shape: ModelShape) -> Iterator[HookPoint]:
-    """Yield every hook point of a decoder of this shape, in firing order."""
-    yield HookPoint("hook_tokens", (), None, "token ids", on_request="tokens/input_ids", integer=True)
-    if shape.embed_norm:
-        yield from norm_points("embed.ln", None, "norm of the embedding")
-    yield HookPoint("hook_embed", ("d_model",), None, "token embedding, as the first block gets it")
-    if shape.learned_positions:
-        yield HookPoint("hook_pos_embed", ("d_model",), None, "position embedding")
-    for layer in range(shape.n_layers):
-        yield from block_points(shape, layer)
-    yield from norm_points("ln_final", None, "final norm")
-
-
 def block_points(shape: ModelShape, layer: int) -> Iterator[HookPoint]:
     """Yield the hook points of a block whose norms stand before its branches."""
     block, prefix = shape.blocks[layer], f"{shape.block_name(layer)}."
@@ -223,30 +223,48 @@ def block_points(shape: ModelShape, layer: int) -> Iterator[HookPoint]:
         return HookPoint(prefix + kind, axes, layer, meaning, on_request=on_request)
 
     yield point("hook_resid_pre", ("d_model",), "residual stream entering the block")
-    after_attention = "cross-attention" if block.cross else "MLP"
-    copies: dict[str, Axis] = {"hook_q_input": "head", "hook_k_input": "kv_head", "hook_v_input": "kv_head"}
-    if block.n_heads == block.n_kv_heads:
-        copies = {"hook_attn_in": "head", **copies}
-    for kind, axis in copies.items():
-        yield point(kind, (axis, "d_model"), "the block's input, once for each head", f"{prefix}hook_resid_pre")
+    if block.attention:
+        for kind, axis in _copies(block):
+            yield point(kind, (axis, "d_model"), "the block's input, once for each head", f"{prefix}hook_resid_pre")
     if block.ln1:
         yield from norm_points(prefix + "ln1", layer, "norm before attention")
-    yield from attention_points(block, prefix, layer)
+    if block.attention:
+        yield from attention_points(block, prefix, layer)
+    for kind, _ in block.others:
+        length: Axis = "d_model" if kind in block.branches else f"d_{kind}"
+        yield point(kind, (length,), f"what {kind.removesuffix('.hook_out')} puts out")
     if block.ln1_post:
         yield from norm_points(prefix + "ln1_post", layer, "norm of what attention puts out")
-    yield point("hook_attn_out", ("d_model",), "what attention adds to the residual stream")
-    if not block.parallel:
-        yield point("hook_resid_mid", ("d_model",), f"residual stream between attention and {after_attention}")
-    if block.cross:
-        yield from cross_points(block, prefix, layer)
-    yield point("hook_mlp_in", ("d_model",), "residual stream that the MLP's norm reads", prefix + block.mlp_stream)
+    if "hook_attn_out" in block.branches:
+        yield point("hook_attn_out", ("d_model",), "what attention adds to the residual stream")
+    yield from _mlp_side(block, prefix, layer)
+    yield point("hook_resid_post", ("d_model",), "residual stream leaving the block")
+
+
+def _copies(block: BlockShape) -> Iterator[tuple[str, Axis]]:
+    if block.n_heads == block.n_kv_heads:
+        yield "hook_attn_in", "head"
+    yield from {"hook_q_input": "head", "hook_k_input": "kv_head", "hook_v_input": "kv_head"}.items()
+
+
+def _mlp_side(block: BlockShape, prefix: str, layer: int) -> Iterator[HookPoint]:
+    def point(kind: str, meaning: str, on_request: str = "") -> HookPoint:
+        return HookPoint(prefix + kind, ("d_model",), layer, meaning, on_request=on_request)
+
+    if "hook_mlp_out" in block.branches:
+        after_attention = "cross-attention" if block.cross else "MLP"
+        if not block.parallel:
+            yield point("hook_resid_mid", f"residual stream between attention and {after_attention}")
+        if block.cross:
+            yield from cross_points(block, prefix, layer)
+        yield point("hook_mlp_in", "residual stream that the MLP's norm reads", prefix + block.mlp_stream)
     if block.ln2:
         yield from norm_points(prefix + block.mlp_norm, layer, "norm before the MLP")
     yield from mlp_points(block, prefix, layer)
     if block.ln2_post:
         yield from norm_points(prefix + "ln2_post", layer, "norm of what the MLP puts out")
-    yield point("hook_mlp_out", ("d_model",), "what the MLP adds to the residual stream")
-    yield point("hook_resid_post", ("d_model",), "residual stream leaving the block")
+    if "hook_mlp_out" in block.branches:
+        yield point("hook_mlp_out", "what the MLP adds to the residual stream")
 
 
 def cross_points(block: BlockShape, prefix: str, layer: int) -> Iterator[HookPoint]:
@@ -287,6 +305,10 @@ def attention_points(block: BlockShape, prefix: str, layer: int, *, where: str =
     pairs = ("head", "key_position")
     yield point("hook_attn_scores", pairs, "scores before softmax, -inf where masked", float32=True)
     yield point("hook_pattern", pairs, "attention of this token to each position", float32=True)
+    if block.gated_z:
+        yield point("hook_z_ungated", ("head", "d_head"), "values mixed by the pattern, before what follows them")
+    if not block.z:
+        return
     yield point("hook_z", ("head", "d_head"), "what W_O multiplies: values mixed by the pattern")
     yield point(
         "hook_result", ("head", "d_model"), "what each head writes: z W_O", on_request=f"{prefix}{where}.hook_z"

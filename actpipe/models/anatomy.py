@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 
 from actpipe.errors import UnsupportedModelError
 from actpipe.hooks import BlockShape, ModelShape
-from actpipe.models.families import family_of
 from actpipe.models.families.entry import Family, Paths
 from actpipe.models.stacks import HeadParts, Stack, bind_heads, bind_stack
 
@@ -37,11 +36,13 @@ class Anatomy:
 
     def family_at(self, layer: int) -> Family:
         """Return the entry that says where the parts of a block are."""
+        if self.family.layers:
+            return self.family.layers[layer]
         if self.decoder is not None and self.shape.blocks[layer].stack == "decoder":
             return self.decoder.family
         return self.family
 
-    def part(self, layer: int, paths: Paths) -> nn.Module:
+    def part(self, layer: int, paths: Paths | None) -> nn.Module:
         """Return a module of one block by its path, or by the first of several that the block has."""
         found = find_part(self.blocks[layer], paths)
         if found is None:
@@ -49,28 +50,37 @@ class Anatomy:
         return found
 
     @property
+    def config(self) -> Any:
+        """The configuration of the language model, which may be one part of a larger one."""
+        return language_config(self.native)
+
+    @property
     def branch_scale(self) -> float:
         """What attention's and the MLP's outputs are multiplied with before they are added."""
-        return float(self.family.branch_scale(self.native.config))
+        return float(self.family.branch_scale(self.config))
 
     @property
     def logit_scale(self) -> float:
         """What the unembedding's output is multiplied with."""
-        return float(self.family.logit_scale(self.native.config))
+        return float(self.family.logit_scale(self.config))
 
     @property
     def alibi(self) -> bool:
         """Whether scores are lowered by distance."""
-        return self.family.is_alibi(self.native.config)
+        return self.family.is_alibi(self.config)
 
 
-def find_anatomy(native: PreTrainedModel) -> Anatomy:
-    """Bind the entry for this model's type to its modules.
+def language_config(native: PreTrainedModel) -> Any:
+    """Return the part of a model's configuration that is of its language model: all of it, if it has no parts."""
+    return native.config.get_text_config(decoder=True) if native.config.sub_configs else native.config
+
+
+def find_anatomy(native: PreTrainedModel, family: Family) -> Anatomy:
+    """Bind an entry to the modules of a model.
 
     Raises:
-        UnsupportedModelError: No entry for the type, or a path of the entry leads nowhere.
+        UnsupportedModelError: A path of the entry leads nowhere.
     """
-    family = family_of(native.config.model_type)
     try:
         return _bind(family, native)
     except AttributeError as error:
@@ -91,15 +101,14 @@ def find_part(block: nn.Module, paths: Paths | None) -> nn.Module | None:
 
 
 def _bind(family: Family, native: PreTrainedModel) -> Anatomy:
-    base, config = native.base_model, native.config
-    if family.task == "masked" and getattr(config, "is_decoder", False):
-        raise UnsupportedModelError(
-            f"this {family.name} model predicts the next token (`is_decoder: true`), and the entry {family.name!r} is "
-            "for encoders; set it to false in config.json if the model attends to both sides"
-        )
+    base, config = native.base_model, language_config(native)
     first = bind_stack(family, base)
     decoder = None if family.decoder is None else bind_stack(family.decoder, base)
     stacks = (first,) if decoder is None else (first, decoder)
+    blocks = tuple(block for stack in stacks for block in stack.blocks)
+    entries = family.layers or tuple(stack.family for stack in stacks for _ in stack.blocks)
+    if len(entries) != len(blocks):
+        raise AttributeError(f"{len(entries)} layers were looked at, and the model has {len(blocks)}")
     unembed = native.get_output_embeddings()
     if unembed is None:
         raise UnsupportedModelError(
@@ -113,13 +122,14 @@ def _bind(family: Family, native: PreTrainedModel) -> Anatomy:
         n_ctx=_context(config, first),
         norm=family.norm,
         learned_positions=family.pos_embed is not None,
-        blocks=tuple(_measure(stack.family, config, block) for stack in stacks for block in stack.blocks),
+        blocks=tuple(_measure(entry, config, block) for entry, block in zip(entries, blocks, strict=True)),
         embed_norm=family.embed_norm is not None,
         logit_softcap=getattr(config, "final_logit_softcapping", None),
         final_norm=family.final_norm is not None,
         token_types=0 if token_types is None else int(matrix(token_types).shape[1]),
         masked_head=heads is not None,
         next_sentence=heads is not None and heads.next_sentence is not None,
+        withheld=tuple(family.withheld),
     )
     return Anatomy(
         family=family,
@@ -128,7 +138,7 @@ def _bind(family: Family, native: PreTrainedModel) -> Anatomy:
         embed=first.embed,
         embed_norm=first.embed_norm,
         pos_embed=first.pos_embed,
-        blocks=tuple(block for stack in stacks for block in stack.blocks),
+        blocks=blocks,
         final_norm=first.final_norm,
         unembed=unembed,
         token_type_embed=token_types,
@@ -146,10 +156,13 @@ def _context(config: Any, stack: Stack) -> int:
 
 
 def _measure(family: Family, config: Any, block: nn.Module) -> BlockShape:
-    for path in (family.attention, family.out, family.mlp, *((family.cross.attention,) if family.cross else ())):
-        block.get_submodule(path)
+    cross = (family.cross.attention,) if family.cross else ()
+    for path in (family.attention, family.out, family.mlp, *family.others.values(), *cross):
+        if path is not None:
+            block.get_submodule(path)
     heads = family.n_heads(config)
-    d_head = input_size(block.get_submodule(family.out)) // heads
+    out = find_part(block, family.out)
+    d_head = input_size(out) // heads if out is not None else _head_size(config, heads)
     dense = find_part(block, family.w_out)
     router = find_part(block, family.router)
     gated = family.gate(config) is not None
@@ -163,11 +176,11 @@ def _measure(family: Family, config: Any, block: nn.Module) -> BlockShape:
         n_heads=heads,
         n_kv_heads=family.n_kv_heads(config),
         d_head=d_head,
-        d_qk=d_head if family.q is not None else config.qk_nope_head_dim + config.qk_rope_head_dim,
+        d_qk=d_head if family.d_qk is None else family.d_qk(config),
         d_mlp=input_size(dense) if dense is not None and router is None else 0,
         mlp=mlp,  # type: ignore[arg-type]
         n_experts=0 if router is None else matrix(router).shape[1],
-        n_experts_per_token=0 if router is None else int(config.num_experts_per_tok),
+        n_experts_per_token=0 if router is None else _n_chosen(config),
         projections=family.q is not None,
         rotary=family.is_rotary(config),
         parallel=family.is_parallel(config),
@@ -181,7 +194,39 @@ def _measure(family: Family, config: Any, block: nn.Module) -> BlockShape:
         causal=family.causal,
         cross=family.cross is not None,
         relative_bias=find_part(block, family.relative_bias) is not None,
+        attention=family.attention is not None,
+        z=family.out is not None,
+        gated_z=family.gated_z,
+        branches=family.branches,
+        others=tuple((kind, _output_size(block.get_submodule(path))) for kind, path in family.others.items()),
     )
+
+
+def told(config: Any, name: str) -> int | None:
+    """Return a whole number that a configuration says for all layers; None where it says none."""
+    try:
+        value = getattr(config, name, None)
+    except (RuntimeError, ValueError):  # said for each layer apart
+        return None
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _head_size(config: Any, n_heads: int) -> int:
+    return told(config, "head_dim") or config.hidden_size // n_heads
+
+
+def _n_chosen(config: Any) -> int:
+    """Return how many experts a token goes to, which configurations call by several names."""
+    for name in ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts"):
+        n = told(config, name)
+        if n is not None:
+            return n
+    raise AttributeError("the configuration does not say how many experts a token goes to")
+
+
+def _output_size(module: nn.Module) -> int:
+    """Return the length of what a module puts out; 0 where only a run tells."""
+    return int(matrix(module).shape[1]) if hasattr(module, "weight") and module.weight.ndim == 2 else 0
 
 
 def matrix(linear: nn.Module) -> torch.Tensor:

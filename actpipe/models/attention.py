@@ -49,6 +49,10 @@ class AttentionSeen(Protocol):
     def pattern(self) -> torch.Tensor:
         """Softmax of the scores over key positions, in float32; zero in rows that may attend to nothing."""
 
+    @property
+    def output(self) -> torch.Tensor | None:
+        """What the attention function gave, `(batch, position, head, d_head)`, where it is seen."""
+
 
 Observer = Callable[[AttentionSeen], None]
 
@@ -72,6 +76,7 @@ class AttentionCall:
     sinks: torch.Tensor | None = None
     bias: torch.Tensor | None = None
     alibi: bool = False
+    output: torch.Tensor | None = None
 
     @cached_property
     def scores(self) -> torch.Tensor:
@@ -93,10 +98,10 @@ class AttentionCall:
                 n_keys - n_queries, n_keys, device=scores.device
             ).unsqueeze(-1)
             blocked = ahead > 0 if self.window is None else (ahead > 0) | (ahead <= -self.window)
-            return scores.masked_fill_(blocked, -torch.inf)
+            return scores.masked_fill(blocked, -torch.inf)
         mask = self.mask[..., : scores.shape[-1]]
         if mask.dtype == torch.bool:
-            return scores.masked_fill_(~mask, -torch.inf)
+            return scores.masked_fill(~mask, -torch.inf)
         blocked = mask <= torch.finfo(mask.dtype).min
         added = mask.float()
         if self.alibi:
@@ -107,7 +112,7 @@ class AttentionCall:
     def pattern(self) -> torch.Tensor:
         """Softmax of the scores, a sink taking its share."""
         if self.sinks is None:
-            return self.scores.softmax(dim=-1).nan_to_num_(nan=0.0)
+            return self.scores.softmax(dim=-1).nan_to_num(nan=0.0)
         sink = self.sinks.float().reshape(1, -1, 1, 1).expand(*self.scores.shape[:-1], 1)
         return torch.cat([self.scores, sink], dim=-1).softmax(dim=-1)[..., :-1]
 
@@ -124,6 +129,7 @@ class SoftmaxCall:
     """Half-precision models mask with the smallest number of their own type."""
     alibi: bool = False
     value: None = None
+    output: None = None
 
     @cached_property
     def scores(self) -> torch.Tensor:
@@ -151,6 +157,34 @@ def observe(module: nn.Module, observer: Observer | None, *, alibi: bool = False
         _observers.pop(module, None)
     else:
         _observers[module] = observer, alibi
+
+
+class Editor(Protocol):
+    """Changes what goes through an attention layer."""
+
+    @property
+    def only_inputs(self) -> bool:
+        """Whether queries, keys and values are all that it changes."""
+
+    def inputs(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return queries, keys and values as they go on."""
+
+    def run(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
+        """Do the layer's work, with changed scores or pattern."""
+
+    def pattern(self, pattern: torch.Tensor) -> torch.Tensor:
+        """Return the pattern as it goes on."""
+
+
+_editors: weakref.WeakKeyDictionary[nn.Module, Editor] = weakref.WeakKeyDictionary()
+
+
+def edit(module: nn.Module, editor: Editor | None) -> None:
+    """Let `editor` change what goes through this module's attention; None takes it off again."""
+    if editor is None:
+        _editors.pop(module, None)
+    else:
+        _editors[module] = editor
 
 
 @contextmanager
@@ -183,10 +217,19 @@ def _shown(
     **kwargs: Any,
 ) -> Any:
     """Run an attention function, and show the call to the module's observer, if it has one."""
-    if module in _observers:
-        observer, alibi = _observers[module]
-        observer(_read_call(module, query, key, value, attention_mask, alibi=alibi, **kwargs))
-    return function(module, query, key, value, attention_mask, *args, **kwargs)
+    if module in _editors:
+        editor = _editors[module]
+        query, key, value = editor.inputs(query, key, value)
+        if not editor.only_inputs:
+            return editor.run(_read_call(module, query, key, value, attention_mask, alibi=False, **kwargs))
+    if module not in _observers:
+        return function(module, query, key, value, attention_mask, *args, **kwargs)
+    observer, alibi = _observers[module]
+    call = _read_call(module, query, key, value, attention_mask, alibi=alibi, **kwargs)
+    given = function(module, query, key, value, attention_mask, *args, **kwargs)
+    call.output = given[0] if isinstance(given, tuple) else given
+    observer(call)
+    return given
 
 
 def _read_call(
@@ -279,7 +322,10 @@ class _Watch(TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if name == "scaled_dot_product_attention":
-            self._see_kernel(*args, **kwargs)
+            call = self._as_call(*args, **kwargs)
+            self._observer(call)
+            if self._module in _editors:
+                return _editors[self._module].run(call)[0].transpose(1, 2)
         output = func(*args, **kwargs)
         if name in _PRODUCTS:
             left = kwargs.get("batch1", args[1] if len(args) > 2 else args[0])
@@ -287,9 +333,11 @@ class _Watch(TorchFunctionMode):
             self._factors = left, right
         elif name == "softmax" and self._factors is not None:
             self._see_softmax(args[0] if args else kwargs["input"], output, *self._factors)
+            if self._module in _editors:
+                return _editors[self._module].pattern(output.float()).to(output.dtype)
         return output
 
-    def _see_kernel(
+    def _as_call(
         self,
         query: torch.Tensor,
         key: torch.Tensor,
@@ -299,9 +347,9 @@ class _Watch(TorchFunctionMode):
         is_causal: bool = False,
         scale: float | None = None,
         **_: Any,
-    ) -> None:
+    ) -> AttentionCall:
         scaling = query.shape[-1] ** -0.5 if scale is None else scale
-        self._observer(AttentionCall(query, key, value, attn_mask, scaling, is_causal, alibi=self._alibi))
+        return AttentionCall(query, key, value, attn_mask, scaling, is_causal, alibi=self._alibi)
 
     def _see_softmax(self, before: torch.Tensor, after: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
         n_queries, n_keys = before.shape[-2:]

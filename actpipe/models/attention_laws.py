@@ -23,7 +23,7 @@ def attention_laws(model: HookedModel, where: str = "attn") -> Iterator[Law]:
             when=lambda block: block.projections,
         )
     yield from _score_laws(model, where)
-    if model.anatomy.family.sinks is None:
+    if all(model.anatomy.family_at(layer).sinks is None for layer in range(model.shape.n_layers)):
         yield Law(
             f"rows of {_said(where, 'pattern')} sum to 1",
             (f"{where}.hook_pattern",),
@@ -37,7 +37,13 @@ def attention_laws(model: HookedModel, where: str = "attn") -> Iterator[Law]:
     yield Law(
         f"{_said(where, 'z')} = pattern @ v",
         (pattern, f"{where}.hook_v", z),
-        lambda p, i: _mixed_values(p, i, where),
+        lambda p, i: _mixed_values(p, i, where, z),
+        when=lambda block: not block.gated_z,
+    )
+    yield Law(
+        "z_ungated = pattern @ v",
+        (pattern, f"{where}.hook_v", f"{where}.hook_z_ungated"),
+        lambda p, i: _mixed_values(p, i, where, f"{where}.hook_z_ungated"),
     )
     yield Law(f"{_said(where, 'result')} = z W_O", (z, f"{where}.hook_result"), lambda p, i: _results(p, i, where))
     out = f"hook_{where}_out"
@@ -106,7 +112,7 @@ def _projection(probe: Probe, layer: int, which: str, where: str) -> Sides:
 def _qk_norm(probe: Probe, layer: int, which: str) -> Sides:
     normalized = probe.get(layer, f"attn.{which}_norm.hook_normalized")
     plain = probe.get(layer, f"attn.hook_{which}").reshape(normalized.shape)
-    if probe.model.anatomy.family.qk_norm == "LN":
+    if probe.model.anatomy.family_at(layer).qk_norm == "LN":
         plain = plain - plain.mean(-1, keepdim=True)
     return normalized, plain / probe.get(layer, f"attn.{which}_norm.hook_scale")
 
@@ -148,12 +154,12 @@ def _scores(probe: Probe, layer: int, where: str) -> Sides:
     found = probe.get(layer, f"{where}.hook_attn_scores")
     plain = torch.einsum("bqhd,bkhd->bhqk", q, k)
     allowed = torch.isfinite(found)
-    cap = getattr(probe.model.native.config, "attn_logit_softcapping", None)
+    cap = getattr(probe.model.anatomy.config, "attn_logit_softcapping", None)
     fitted = found if cap is None else cap * torch.atanh(found / cap)
     bias = torch.zeros_like(plain)
     if anatomy.alibi:
         bias = distance_bias(fitted, plain, allowed)
-    elif where == "attn" and anatomy.family.relative_bias is not None:
+    elif where == "attn" and anatomy.family_at(layer).relative_bias is not None:
         bias = relative_bias(probe.model, layer, found.shape[-2:]).to(found)
     fitted = fitted - bias
     paths = anatomy.family_at(layer) if where == "attn" else anatomy.family_at(layer).cross
@@ -170,16 +176,16 @@ def _scores(probe: Probe, layer: int, where: str) -> Sides:
 
 def _softmax(probe: Probe, layer: int, where: str) -> Sides:
     scores = probe.get(layer, f"{where}.hook_attn_scores")
-    if probe.model.anatomy.family.sinks is None:
+    if probe.model.anatomy.family_at(layer).sinks is None:
         return probe.get(layer, f"{where}.hook_pattern"), scores.softmax(-1)
     sink = probe.weight(layer, "attn.sinks").reshape(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
     return probe.get(layer, f"{where}.hook_pattern"), torch.cat([scores, sink], dim=-1).softmax(-1)[..., :-1]
 
 
-def _mixed_values(probe: Probe, layer: int, where: str) -> Sides:
+def _mixed_values(probe: Probe, layer: int, where: str, kind: str) -> Sides:
     values = probe.repeated(probe.get(layer, f"{where}.hook_v"), layer)
     return (
-        probe.get(layer, f"{where}.hook_z"),
+        probe.get(layer, kind),
         torch.einsum("bhqk,bkhd->bqhd", probe.get(layer, f"{where}.hook_pattern"), values),
     )
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import TracebackType
 from typing import Any, Self
 
@@ -79,16 +79,39 @@ class Capture(AbstractContextManager["Capture"]):
                 output = None
             finally:
                 self._running = False
+        self._refuse_missing()
+        return output
+
+    @contextmanager
+    def complete(self) -> Iterator[None]:
+        """Deliver what one forward pass in here, run by others, shows of the names.
+
+        Raises:
+            IdentityError: A name that was asked for did not come by.
+        """
+        self._pending = {tap.name for tap in self._taps}
+        native = self._native.register_forward_pre_hook(self._note_size, with_kwargs=True)
+        self._running = True
+        try:
+            yield
+        finally:
+            self._running = False
+            native.remove()
+        self._refuse_missing()
+
+    def _note_size(self, _: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._batch_size, self._n_tokens = kwargs["input_ids"].shape[0], kwargs["input_ids"].numel()
+
+    def _refuse_missing(self) -> None:
         if self._pending:
             raise IdentityError(
                 f"{sorted(self._pending)[0]} was never reached in the forward pass of "
                 f"{type(self._native).__name__}: this version of transformers runs it by another way"
             )
-        return output
 
     def _attach(self, stack: ExitStack, module: nn.Module, side: Side, taps: list[Tap]) -> None:
-        if side == "attention":
-            self._watch(stack, module, taps)
+        if side in ("attention", "own_attention"):
+            self._watch(stack, module, side, taps)
         elif side == "input":
 
             def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -98,16 +121,16 @@ class Capture(AbstractContextManager["Capture"]):
         else:
 
             def after(_: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-                self._deliver(taps, output if isinstance(output, tuple) else (output,))
+                self._deliver(taps, output if isinstance(output, tuple | list) else (output,))
 
             stack.callback(module.register_forward_hook(after).remove)
 
-    def _watch(self, stack: ExitStack, module: nn.Module, taps: list[Tap]) -> None:
+    def _watch(self, stack: ExitStack, module: nn.Module, side: Side, taps: list[Tap]) -> None:
         def on_attention(seen: AttentionSeen) -> None:
             self._deliver(taps, (seen,))
 
         alibi = self._anatomy.alibi
-        if self._anatomy.family.sees_attention_by == "interface":
+        if side == "attention":
             observe(module, on_attention, alibi=alibi)
             stack.callback(observe, module, None)
         else:
@@ -115,7 +138,7 @@ class Capture(AbstractContextManager["Capture"]):
             own.attach()
             stack.callback(own.detach)
 
-    def _deliver(self, taps: list[Tap], values: tuple[Any, ...]) -> None:
+    def _deliver(self, taps: list[Tap], values: Sequence[Any]) -> None:
         if not self._running:
             return
         for tap in taps:

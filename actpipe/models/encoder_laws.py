@@ -15,9 +15,8 @@ from actpipe.models.probe import Probe
 
 
 def encoder_laws(model: HookedModel) -> Iterator[Law]:
-    """Yield the laws of embeddings, of norms after sums, of cross-attention's sums and of the heads."""
+    """Yield the laws of embeddings and of the heads."""
     yield from _embedding_laws(model)
-    yield from _sum_laws()
     yield from _head_laws(model)
 
 
@@ -98,7 +97,8 @@ def _decoder_embedding(probe: Probe, first: int) -> Sides:
     return probe.get(first, "hook_resid_pre"), total
 
 
-def _sum_laws() -> Iterator[Law]:
+def sum_laws() -> Iterator[Law]:
+    """Yield the laws of norms after sums, and of cross-attention's sums."""
     yield Law(
         "resid_mid_cross = resid_mid (or ln1) + cross_attn_out",
         ("hook_resid_mid", "hook_cross_attn_out", "hook_resid_mid_cross"),

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import cached_property
 from typing import Any, Self
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from transformers import PreTrainedModel
 
@@ -16,6 +14,7 @@ from actpipe.models.anatomy import Anatomy, find_anatomy
 from actpipe.models.capture import Capture, Sink
 from actpipe.models.conventions import Convention, Processed
 from actpipe.models.encoder_inputs import add_encoder_inputs
+from actpipe.models.families.entry import Family
 from actpipe.models.loading import (
     ModelSource,
     compute_dtype,
@@ -25,11 +24,12 @@ from actpipe.models.loading import (
     load_skeleton,
     load_tokenizer,
 )
+from actpipe.models.passes import Input, InputIds, PassMethods, as_tensor
+from actpipe.models.prompts import PaddingSide, Prompts
+from actpipe.models.recognition import family_for
 from actpipe.models.taps import UNEMBED_INPUT, Tap, tap_for, unembed_input_tap
 from actpipe.models.weights import Weights
 from actpipe.schemas.manifest import ModelIdentity
-
-InputIds = torch.Tensor | npt.NDArray[Any] | Sequence[int] | Sequence[Sequence[int]]
 
 
 class ModelSpec:
@@ -38,7 +38,8 @@ class ModelSpec:
     def __init__(self, source: ModelSource, dtype: str = "auto") -> None:
         self.source = source
         self.config = load_config(source)
-        self.anatomy = find_anatomy(load_skeleton(source, self.config))
+        family = family_for(self.config, trust_remote_code=source.trust_remote_code)
+        self.anatomy = find_anatomy(load_skeleton(source, self.config), family)
         self._dtype = dtype
 
     @property
@@ -72,7 +73,7 @@ class ModelSpec:
         return select_hooks(patterns, self.hook_points, n_layers=self.shape.n_layers)
 
 
-class HookedModel:
+class HookedModel(PassMethods):
     """A language model of transformers, run as it is, read by TransformerLens' names.
 
     Args:
@@ -80,16 +81,25 @@ class HookedModel:
         source: Where it came from.
         convention: `native` for its own activations; `processed` for those that it would have with
             folded norms and centred weights, as `HookedTransformer.from_pretrained` gives them by default.
+        family: Where its parts are, if not as the entry for its type, or its structure, says.
     """
 
-    def __init__(self, native: PreTrainedModel, source: ModelSource, convention: Convention = "native") -> None:
+    def __init__(
+        self,
+        native: PreTrainedModel,
+        source: ModelSource,
+        convention: Convention = "native",
+        family: Family | None = None,
+    ) -> None:
         self.native = native
         self.source = source
-        self.anatomy: Anatomy = find_anatomy(native)
+        family = family or family_for(native.config, trust_remote_code=source.trust_remote_code)
+        self.anatomy: Anatomy = find_anatomy(native, family)
         self.shape: ModelShape = self.anatomy.shape
         self.hook_points: dict[str, HookPoint] = build_catalogue(self.shape)
         self.weights = Weights(self.anatomy)
         self.convention: Convention = convention
+        self.editing = 0
         self._processed = Processed(self.anatomy, self.weights) if convention == "processed" else None
 
     @classmethod
@@ -133,14 +143,28 @@ class HookedModel:
         convention: Convention = "native",
     ) -> Self:
         """Load a model; see `from_pretrained`."""
-        find_anatomy(load_skeleton(source, load_config(source)))
+        config = load_config(source)
+        find_anatomy(load_skeleton(source, config), family_for(config, trust_remote_code=source.trust_remote_code))
         native = load_native(source, dtype=dtype, device=device, device_map=device_map)
-        return cls(native, source, convention)
+        model = cls(native, source, convention)
+        if not model.anatomy.family.by_structure:
+            return model
+        from actpipe.models.recognition.recognising import prove_loaded  # it runs hooked models: imported last
+
+        return cls(native, source, convention, prove_loaded(model))
 
     @cached_property
     def tokenizer(self) -> Any:
         """The model's tokenizer."""
         return load_tokenizer(self.source)
+
+    @cached_property
+    def prompts(self) -> Prompts:
+        """The tokenizer as prompts need it."""
+        family = self.anatomy.family
+        return Prompts(
+            self.tokenizer, self.shape.n_ctx, family.default_prepend_bos, with_special_tokens=family.task != "causal"
+        )
 
     @property
     def device(self) -> torch.device:
@@ -170,65 +194,9 @@ class HookedModel:
         tap = tap_for(self.anatomy, point)
         return tap if self._processed is None else self._processed.tap(tap, point)
 
-    def run_with_cache(
-        self,
-        input_ids: InputIds,
-        attention_mask: InputIds | None = None,
-        names: Iterable[HookName] | None = None,
-        *,
-        token_type_ids: InputIds | None = None,
-        decoder_input_ids: InputIds | None = None,
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Run the model and keep named activations.
-
-        Args:
-            input_ids: `(batch, position)` token ids, or one sequence.
-            attention_mask: `(batch, position)`, 1 at real tokens. Positions count real tokens only.
-            names: Names, patterns or short names (`"k6"`, `("resid_post", -1)`); all hook points by
-                default, but for those that another gives (`hook_result`, `hook_q_input`, `hook_mlp_in`).
-            token_type_ids: Segment of each token, for models that tell segments apart (BERT); all 0 by default.
-            decoder_input_ids: `(batch, position)` for encoder-decoders (T5, BART); by default the one token with
-                which the decoder starts.
-
-        Returns:
-            Logits `(batch, position, d_vocab)`, an encoder-decoder's at the decoder's positions; and a dict
-            from name to tensor in firing order, with TransformerLens' shapes: `(batch, position, ...)`,
-            scores and patterns `(batch, head, query_position, key_position)`.
-
-        Raises:
-            UnknownHookError: A name means nothing for this model.
-            ValueError: The ids do not fit the model.
-        """
-        selected = self.select(["*"] if names is None else names)
-        kept: dict[str, torch.Tensor] = {}
-
-        def keep(name: str, tensor: torch.Tensor) -> None:
-            kept[name] = tensor.clone()
-
-        with torch.no_grad(), self.capture(selected, keep, stop=False) as capture:
-            output = capture.run(**self._inputs(input_ids, attention_mask, token_type_ids, decoder_input_ids))
-        cache = {name: kept[name] for name in selected}
-        for name in selected:
-            if self.hook_points[name].looks_at_keys:
-                cache[name] = cache[name].transpose(1, 2)
-        return self._conventional(_logits(output)), cache
-
-    def _conventional(self, logits: torch.Tensor) -> torch.Tensor:
+    def conventional(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return logits as the convention has them."""
         return logits if self._processed is None else self._processed.logits(logits)
-
-    def forward(
-        self,
-        input_ids: InputIds,
-        attention_mask: InputIds | None = None,
-        *,
-        token_type_ids: InputIds | None = None,
-        decoder_input_ids: InputIds | None = None,
-    ) -> torch.Tensor:
-        """Return the logits `(batch, position, d_vocab)`, as the bare model computes them; see `run_with_cache`."""
-        inputs = self._inputs(input_ids, attention_mask, token_type_ids, decoder_input_ids)
-        with torch.no_grad():
-            output = self.native(use_cache=False, **inputs)
-        return self._conventional(_logits(output))
 
     def unembed(self, normalized: torch.Tensor) -> torch.Tensor:
         """Return the logits of `UNEMBED_INPUT` `(..., d_model)`, as the model's head computes them."""
@@ -240,25 +208,33 @@ class HookedModel:
         cap = self.shape.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
-    def _inputs(
+    def inputs_for(
         self,
-        input_ids: InputIds,
+        input: Input,  # noqa: A002  # TransformerLens' name
         attention_mask: InputIds | None,
+        prepend_bos: bool | None = None,
+        padding_side: PaddingSide | None = None,
         token_type_ids: InputIds | None = None,
         decoder_input_ids: InputIds | None = None,
     ) -> dict[str, torch.Tensor]:
-        inputs = self._ids_and_mask(input_ids, attention_mask)
+        """Return what the native model is given; see `forward` for the arguments."""
+        ids: Any = input
+        if _is_text(input):
+            texts: Any = input
+            ids, mask = self.prompts.encode(texts, prepend_bos=prepend_bos, padding_side=padding_side)
+            attention_mask = mask if attention_mask is None and not bool(mask.all()) else attention_mask
+        inputs = self._ids_and_mask(ids, attention_mask)
         add_encoder_inputs(inputs, self.anatomy, token_type_ids, decoder_input_ids)
         return inputs
 
     def _ids_and_mask(self, input_ids: InputIds, attention_mask: InputIds | None) -> dict[str, torch.Tensor]:
-        ids = _as_tensor(input_ids)
+        ids = as_tensor(input_ids)
         ids = ids[None] if ids.ndim == 1 else ids
         self.check_ids(ids)
         inputs = {"input_ids": ids.to(self.device, torch.long)}
         if attention_mask is None:
             return inputs
-        mask = _as_tensor(attention_mask)
+        mask = as_tensor(attention_mask)
         if mask.shape != ids.shape:
             raise ValueError(f"attention_mask is {tuple(mask.shape)}, input_ids are {tuple(ids.shape)}")
         mask = mask.to(self.device, torch.long)
@@ -282,12 +258,5 @@ class HookedModel:
             raise ValueError(f"token id {low if low < 0 else high} is outside the vocabulary of {self.shape.d_vocab}")
 
 
-def _logits(output: Any) -> torch.Tensor:
-    """Return the logits over the vocabulary, which a model with a second head names otherwise."""
-    logits: torch.Tensor = output.prediction_logits if hasattr(output, "prediction_logits") else output.logits
-    return logits
-
-
-def _as_tensor(ids: InputIds) -> torch.Tensor:
-    """Return ids as a tensor; arrays are copied, as they may be read-only views of a store."""
-    return ids if isinstance(ids, torch.Tensor) else torch.from_numpy(np.array(ids))
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list | tuple) and bool(value) and isinstance(value[0], str))

@@ -73,7 +73,12 @@ def _evaluate(law: Law, probe: Probe) -> Outcome | None:
     worst, where = 0.0, "everywhere"
     layers = _layers_of(law, probe)
     for layer in layers:
-        left, right = law.sides(probe, layer)
+        try:
+            left, right = law.sides(probe, layer)
+        except LookupError:  # something that it reads is withheld: it proves nothing here
+            return None
+        except RuntimeError:  # what it reads does not fit together
+            left, right = torch.zeros(1), torch.full((1,), torch.inf)
         error = _difference(left, right)
         if not error <= worst:
             worst, where = error, f"layer {layer}" if law.per_layer else "the whole model"
@@ -83,7 +88,7 @@ def _evaluate(law: Law, probe: Probe) -> Outcome | None:
 
 def _layers_of(law: Law, probe: Probe) -> list[int]:
     if not law.per_layer:
-        return [0]
+        return [0] if all(kind in probe.cache for kind in law.kinds) else []
     return [
         layer
         for layer, block in enumerate(probe.shape.blocks)

@@ -5,12 +5,12 @@ Every law computes one activation a second time, from other activations and the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 
 from actpipe.models.attention_laws import attention_laws
-from actpipe.models.encoder_laws import encoder_laws
+from actpipe.models.encoder_laws import encoder_laws, sum_laws
 from actpipe.models.hooked_model import HookedModel
 from actpipe.models.law import Law, Sides
 from actpipe.models.probe import COPIES, Probe
@@ -31,7 +31,8 @@ def all_laws(model: HookedModel) -> Iterator[Law]:
         n_encoder = sum(block.stack == "encoder" for block in shape.blocks)
         yield _final_norm_law("encoder_final_ln", n_encoder - 1)
         yield _final_norm_law("decoder_final_ln", shape.n_layers - 1)
-    yield from _stream_laws()
+    yield from _stream_laws(model)
+    yield from sum_laws()
     yield from _norm_laws()
     yield from attention_laws(model)
     yield from attention_laws(model, "cross_attn")
@@ -60,7 +61,7 @@ def _embedding_laws(model: HookedModel) -> Iterator[Law]:
         yield Law("pos_embed = W_pos[position]", positions, _pos_embed, per_layer=False)
 
 
-def _stream_laws() -> Iterator[Law]:
+def _stream_laws(model: HookedModel) -> Iterator[Law]:
     for kind, after in (("hook_resid_post", False), ("hook_normalized_resid_post", True)):
         yield Law(
             f"resid_pre[l+1] = {kind.removeprefix('hook_')}[l]",
@@ -68,20 +69,22 @@ def _stream_laws() -> Iterator[Law]:
             lambda p, i, kind=kind: _chain(p, i, kind),  # type: ignore[misc]
             when=lambda block, after=after: block.post_norm == after,  # type: ignore[misc]
         )
-    yield Law(
-        "resid_post = resid_pre + attn_out + mlp_out",
-        ("hook_resid_pre", "hook_attn_out", "hook_mlp_out", "hook_resid_post"),
-        lambda p, i: (
-            p.get(i, "hook_resid_post"),
-            p.get(i, "hook_resid_pre") + p.get(i, "hook_attn_out") + p.get(i, "hook_mlp_out"),
-        ),
-        when=lambda block: not (block.post_norm or block.cross),
-    )
-    yield Law(
-        "resid_mid = resid_pre + attn_out",
-        ("hook_resid_mid",),
-        lambda p, i: (p.get(i, "hook_resid_mid"), p.get(i, "hook_resid_pre") + p.get(i, "hook_attn_out")),
-    )
+    for branches in dict.fromkeys(block.branches for block in model.shape.blocks if block.branches):
+        before = tuple(name for name in branches if name != "hook_mlp_out")
+        yield Law(
+            f"resid_post = resid_pre + {' + '.join(map(_said, branches))}",
+            ("hook_resid_pre", *branches, "hook_resid_post"),
+            lambda p, i, branches=branches: (p.get(i, "hook_resid_post"), _sum(p, i, branches)),  # type: ignore[misc]
+            when=lambda block, branches=branches: (  # type: ignore[misc]
+                block.branches == branches and not (block.post_norm or block.cross)
+            ),
+        )
+        yield Law(
+            f"resid_mid = resid_pre + {' + '.join(map(_said, before))}",
+            ("hook_resid_mid", *before),
+            lambda p, i, before=before: (p.get(i, "hook_resid_mid"), _sum(p, i, before)),  # type: ignore[misc]
+            when=lambda block, branches=branches: block.branches == branches,  # type: ignore[misc]
+        )
     yield Law(
         "mlp_in = what the MLP's side reads",
         ("hook_mlp_in",),
@@ -96,6 +99,17 @@ def _stream_laws() -> Iterator[Law]:
                 p.get(i, "hook_resid_pre").unsqueeze(2).expand_as(p.get(i, kind)),
             ),
         )
+
+
+def _said(kind: str) -> str:
+    return kind.removeprefix("hook_").removesuffix(".hook_out")
+
+
+def _sum(probe: Probe, layer: int, branches: tuple[str, ...]) -> torch.Tensor:
+    total = probe.get(layer, "hook_resid_pre")
+    for kind in branches:
+        total = total + probe.get(layer, kind)
+    return total
 
 
 _EMBED_NORM = ("embed.ln.hook_scale", "embed.ln.hook_normalized")
@@ -191,15 +205,12 @@ def _mlp_laws(model: HookedModel) -> Iterator[Law]:
         ("mlp.hook_router_logits",),
         lambda p, i: _mlp_input(p, i, "mlp.hook_router_logits", "router"),
     )
-    score: Callable[[torch.Tensor], torch.Tensor] = (
-        torch.sigmoid if model.anatomy.family.router_scores == "sigmoid" else lambda logits: logits.softmax(-1)
-    )
     yield Law(
-        f"expert_weights = {model.anatomy.family.router_scores}(router_logits)",
+        "expert_weights = softmax or sigmoid of router_logits",
         ("mlp.hook_router_logits", "mlp.hook_expert_weights"),
-        lambda p, i: (p.get(i, "mlp.hook_expert_weights"), score(p.get(i, "mlp.hook_router_logits"))),
+        _expert_weights,
     )
-    grouped = (getattr(model.native.config, "n_group", None) or 1) > 1
+    grouped = (getattr(model.anatomy.config, "n_group", None) or 1) > 1
     if not grouped:
         yield Law(
             "expert_indices = the largest of expert_weights, with the router's own bias",
@@ -217,9 +228,15 @@ def _neurons_out(probe: Probe, layer: int) -> torch.Tensor:
     return probe.get(layer, "mlp.hook_post") @ probe.weight(layer, "mlp.W_out") + probe.weight(layer, "mlp.b_out")
 
 
+def _expert_weights(probe: Probe, layer: int) -> Sides:
+    logits = probe.get(layer, "mlp.hook_router_logits")
+    sigmoid = probe.model.anatomy.family_at(layer).router_scores == "sigmoid"
+    return probe.get(layer, "mlp.hook_expert_weights"), logits.sigmoid() if sigmoid else logits.softmax(-1)
+
+
 def _chosen(probe: Probe, layer: int) -> Sides:
     weights = probe.get(layer, "mlp.hook_expert_weights")
-    router = probe.model.anatomy.part(layer, probe.model.anatomy.family.router or "")
+    router = probe.model.anatomy.part(layer, probe.model.anatomy.family_at(layer).router)
     bias = getattr(router, "e_score_correction_bias", None)
     weights = weights if bias is None else weights + bias
     indices = probe.cache[probe.name(layer, "mlp.hook_expert_indices")]

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForPreTraining, AutoModelForSeq2SeqLM
 
-from actpipe.models.families import all_families
+from actpipe.models.families import entry_for
 
 
 def auto_class(config: Any) -> Any:
@@ -14,7 +14,7 @@ def auto_class(config: Any) -> Any:
 
     BERT comes with its next-sentence head where the configuration says `BertForPreTraining`.
     """
-    family = all_families().get(config.model_type)
+    family = entry_for(config)
     if family is None or family.task == "causal":
         return AutoModelForCausalLM
     if family.task == "seq2seq":
@@ -29,7 +29,7 @@ def classes_to_try(config: Any) -> tuple[Any, ...]:
     Most BERTs were pretrained with a next-sentence head, whatever their configuration says, and TransformerLens
     loads it; those that were saved without it are loaded without.
     """
-    family = all_families().get(config.model_type)
+    family = entry_for(config)
     if family is not None and family.heads is not None and family.heads.next_sentence is not None:
         return AutoModelForPreTraining, AutoModelForMaskedLM
     return (auto_class(config),)

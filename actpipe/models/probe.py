@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from actpipe.models.hooked_model import HookedModel
@@ -19,7 +21,8 @@ class Probe:
         self.others = other_inputs(model, self.ids)
         self.bare = model.forward(ids, **self.others)
         # Copies are n_heads times the stream: one layer's are enough to show what they are.
-        names = [name for name, point in model.hook_points.items() if point.kind not in COPIES or point.layer == 0]
+        first = next((layer for layer, block in enumerate(model.shape.blocks) if block.attention), 0)
+        names = [name for name, point in model.hook_points.items() if point.kind not in COPIES or point.layer == first]
         self.logits, self.cache = model.run_with_cache(ids, names=names, **self.others)
         self._run_alone(max(1, ids.shape[1] // 2))
 
@@ -124,7 +127,7 @@ class Probe:
         return heads.repeat_interleave(self.shape.blocks[layer].n_heads // heads.shape[2], dim=2)
 
 
-def other_inputs(model: HookedModel, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+def other_inputs(model: HookedModel, ids: torch.Tensor) -> dict[str, Any]:
     """Return two segments where the model tells them apart, and another text for a decoder beside an encoder."""
     n_positions = ids.shape[1]
     if model.shape.token_types > 1:

@@ -16,7 +16,8 @@ from actpipe.models.attention import AttentionSeen
 from actpipe.models.families.entry import CrossAttention, Family, Layout
 from actpipe.models.families.fused import Part, split_branch, split_heads
 
-Side = Literal["input", "output", "attention"]
+Side = Literal["input", "output", "attention", "own_attention"]
+"""`attention` goes through transformers' attention interface, `own_attention` is code of the module's own."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,11 @@ def _same(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def _batched(tensor: torch.Tensor) -> torch.Tensor:
+    """Return positions with a batch axis, which some models add only later."""
+    return tensor if tensor.ndim == 3 else tensor.unsqueeze(0)
+
+
 def _outside_blocks(anatomy: Anatomy, name: str) -> Tap:
     found = _around_encoder(anatomy, name)
     if found is not None:
@@ -69,7 +75,7 @@ def _outside_blocks(anatomy: Anatomy, name: str) -> Tap:
         return Tap(name, anatomy.embed, "output", _same)
     if name == "hook_pos_embed":
         assert anatomy.pos_embed is not None
-        return Tap(name, anatomy.pos_embed, "output", _same)
+        return Tap(name, anatomy.pos_embed, "output", _batched)
     if name.startswith("embed.ln."):
         assert anatomy.embed_norm is not None
         return _norm_tap(anatomy, name, anatomy.embed_norm)
@@ -105,6 +111,9 @@ class _InBlock:
     name: str
 
     def tap(self, kind: str) -> Tap:
+        if kind in self._family.others:
+            scale = self.anatomy.branch_scale if kind in self._block.branches else 1.0
+            return self._at(self._part(self._family.others[kind]), "output", partial(_times, factor=scale))
         prefix, _, what = kind.rpartition(".")
         if prefix.startswith("ln"):
             norm = self._part(getattr(self._family, prefix))
@@ -166,9 +175,10 @@ class _InBlock:
         return None
 
     def _mlp(self, kind: str) -> Tap:
-        family, config = self._family, self.anatomy.native.config
+        family, config = self._family, self.anatomy.config
         if kind in ("hook_pre", "hook_pre_linear"):
             projection = family.w_in if kind == "hook_pre_linear" else family.gate(config) or family.w_in
+            assert projection is not None
             branch = partial(split_branch, layout=projection.layout_in(config))
             return self._at(self._part(projection.module), "output", branch, flat=family.flat_mlp)
         if kind == "hook_post":
@@ -183,7 +193,7 @@ class _InBlock:
         block = self._block
         projection = getattr(paths, what, None) if what in ("q", "k", "v") else None
         if projection is not None:
-            layout = projection.layout_in(self.anatomy.native.config)
+            layout = projection.layout_in(self.anatomy.config)
             read = partial(_read_projection, layout=layout, part=cast(Part, what), block=block)
             return self._at(self._part(projection.module), "output", read)
         if what in ("z", "result"):
@@ -193,17 +203,18 @@ class _InBlock:
             scale = self.anatomy.branch_scale
             return self._at(out, "input", partial(_read_result, out=out, n_heads=block.n_heads, scale=scale))
         attention = self._part(paths.attention)
+        side: Side = "attention" if self._family.sees_attention_by == "interface" else "own_attention"
         if what in ("v", "rot_k"):
             read = partial(_read_value if what == "v" else _read_key, block=block)
-            return self._at(attention, "attention", read)
-        return self._at(attention, "attention", _FROM_ATTENTION[what])
+            return self._at(attention, side, read)
+        return self._at(attention, side, _FROM_ATTENTION[what])
 
     def _qk_norm(self, which: str, what: str) -> Tap:
         family = self._family
         norm = self._part(getattr(family, which))
         swap = family.qk_norm_input == "heads_first"
         leaf = next(module for module in norm.modules() if not list(module.children()))
-        measure = _norm_scale if what == "hook_scale" else _divided
+        measure = norm_scale if what == "hook_scale" else _divided
         read = partial(measure, kind=family.qk_norm, epsilon=norm_epsilon(leaf))
         return self._at(norm, "input", partial(_positions_first, read=read) if swap else read)
 
@@ -244,10 +255,16 @@ def _read_key(seen: AttentionSeen, block: BlockShape) -> torch.Tensor:
     return _unrepeated(seen.key, block)
 
 
+def _read_mixed(seen: AttentionSeen) -> torch.Tensor:
+    assert seen.output is not None
+    return seen.output
+
+
 _FROM_ATTENTION: dict[str, Callable[[AttentionSeen], torch.Tensor]] = {
     "rot_q": lambda seen: seen.query.transpose(1, 2),
     "attn_scores": lambda seen: seen.scores.transpose(1, 2),
     "pattern": lambda seen: seen.pattern.transpose(1, 2),
+    "z_ungated": _read_mixed,
 }
 _SCORED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "softmax": lambda logits: logits.float().softmax(-1),
@@ -260,7 +277,7 @@ def _norm_tap(anatomy: Anatomy, name: str, norm: nn.Module, *, flat: bool = Fals
     kind = anatomy.family.norm
     if kind == "LN" and name.endswith("hook_normalized"):
         return Tap(name, norm, "output", _same, flat)
-    read = _norm_scale if name.endswith("hook_scale") else _divided
+    read = norm_scale if name.endswith("hook_scale") else _divided
     epsilon = norm_epsilon(norm, anatomy.family.norm_epsilon)
     return Tap(name, norm, "input", partial(read, kind=kind, epsilon=epsilon), flat)
 
@@ -273,19 +290,24 @@ def tap_before_affine(anatomy: Anatomy, tap: Tap) -> Tap:
     return replace(tap, side="input", read=partial(_divided, kind="LN", epsilon=epsilon))
 
 
-def _norm_scale(tensor: torch.Tensor, kind: Literal["LN", "RMS"], epsilon: float) -> torch.Tensor:
+def norm_scale(tensor: torch.Tensor, kind: Literal["LN", "RMS"], epsilon: float) -> torch.Tensor:
+    """Return what a norm divides by, `(..., 1)` in float32."""
     wide = tensor.float()
     if kind == "LN":
         wide = wide - wide.mean(-1, keepdim=True)
     return (wide.square().mean(-1, keepdim=True) + epsilon).sqrt()
 
 
-def _divided(tensor: torch.Tensor, kind: Literal["LN", "RMS"], epsilon: float) -> torch.Tensor:
-    """Return a norm's input, centred for LayerNorm, over its scale: before weight and bias."""
+def norm_divided(tensor: torch.Tensor, kind: Literal["LN", "RMS"], scale: torch.Tensor) -> torch.Tensor:
+    """Return a norm's input, centred for LayerNorm, over a scale, in float32: before weight and bias."""
     wide = tensor.float()
     if kind == "LN":
         wide = wide - wide.mean(-1, keepdim=True)
-    return (wide / _norm_scale(tensor, kind, epsilon)).to(tensor.dtype)
+    return wide / scale
+
+
+def _divided(tensor: torch.Tensor, kind: Literal["LN", "RMS"], epsilon: float) -> torch.Tensor:
+    return norm_divided(tensor, kind, norm_scale(tensor, kind, epsilon)).to(tensor.dtype)
 
 
 def _positions_first(tensor: torch.Tensor, read: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:

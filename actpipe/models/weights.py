@@ -68,17 +68,17 @@ class Weights:
         return {name: self[name] for name in self.names()}
 
     def _outside_blocks(self) -> dict[str, Callable[[], torch.Tensor]]:
-        anatomy, config = self._anatomy, self._anatomy.native.config
+        anatomy, config = self._anatomy, self._anatomy.config
         embed_scale, logit_scale = float(anatomy.family.embed_scale(config)), anatomy.logit_scale
         if anatomy.shape.encoder_decoder or not anatomy.shape.causal:
             return outside_blocks(anatomy, self._norm)
-        assert anatomy.final_norm is not None
         getters: dict[str, Callable[[], torch.Tensor]] = {
             "embed.W_E": lambda: _times(_tensor(anatomy.embed, "weight"), embed_scale),
             "unembed.W_U": lambda: _times(matrix(anatomy.unembed), logit_scale),
             "unembed.b_U": lambda: _times(_bias(anatomy.unembed), logit_scale),
-            **self._norm("ln_final", anatomy.final_norm),
         }
+        if anatomy.final_norm is not None:
+            getters |= self._norm("ln_final", anatomy.final_norm)
         if anatomy.embed_norm is not None:
             getters |= self._norm("embed.ln", anatomy.embed_norm)
         if anatomy.pos_embed is not None:
@@ -90,7 +90,7 @@ class Weights:
     def _of_block(self, layer: int) -> dict[str, Callable[[], torch.Tensor]]:
         anatomy, family, block = self._anatomy, self._anatomy.family_at(layer), self._shape.blocks[layer]
         scale = anatomy.branch_scale
-        getters = self._attention(layer, "attn", family)
+        getters = self._attention(layer, "attn", family) if block.attention and block.z else {}
         if family.cross is not None:
             getters |= self._attention(layer, "cross_attn", family.cross)
         for name in ("ln1", "ln2", "ln3", "ln1_post", "ln2_post"):
@@ -100,8 +100,9 @@ class Weights:
             table = anatomy.part(layer, family.relative_bias or "")
             getters["attn.rel_pos_bias.weight"] = lambda: _tensor(table, "weight")
         if block.mlp in ("plain", "gated"):
-            w_out, gate = anatomy.part(layer, family.w_out), family.gate(anatomy.native.config)
-            getters |= self._branch("in", layer, family.w_in)
+            w_out, gate = anatomy.part(layer, family.w_out), family.gate(anatomy.config)
+            if family.w_in is not None:
+                getters |= self._branch("in", layer, family.w_in)
             getters["mlp.W_out"] = lambda: _times(matrix(w_out), scale)
             getters["mlp.b_out"] = lambda: _times(_bias(w_out), scale)
             if gate is not None:
@@ -138,7 +139,7 @@ class Weights:
 
     def _branch(self, name: str, layer: int, projection: Projection) -> dict[str, Callable[[], torch.Tensor]]:
         module = self._anatomy.part(layer, projection.module)
-        layout = projection.layout_in(self._anatomy.native.config)
+        layout = projection.layout_in(self._anatomy.config)
         return {
             f"mlp.W_{name}": lambda: split_branch(matrix(module), layout),
             f"mlp.b_{name}": lambda: split_branch(_bias(module), layout),
@@ -172,7 +173,7 @@ class Weights:
         """Return `(head, d_model, d_head)` or `(head, d_head)`; grouped keys and values are repeated, as there."""
         module, block = self._anatomy.part(layer, projection.module), self._shape.blocks[layer]
         fused = matrix(module) if what == "weight" else _bias(module)
-        heads = split_heads(fused, projection.layout_in(self._anatomy.native.config), which, block)
+        heads = split_heads(fused, projection.layout_in(self._anatomy.config), which, block)
         heads = heads.transpose(0, 1) if what == "weight" else heads
         return heads.repeat_interleave(block.n_heads // heads.shape[0], dim=0) if repeat else heads
 

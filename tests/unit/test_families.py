@@ -115,8 +115,9 @@ def test_identities_hold_in_half_precision(name, dtype):
 
 def test_an_entry_that_does_not_fit_is_refused_with_the_missing_part():
     from actpipe.models.anatomy import find_anatomy
+    from actpipe.models.recognition import family_for
 
     model = build("llama")
     del model.native.model.layers[1].mlp
     with pytest.raises(UnsupportedModelError, match="not laid out as the entry 'llama' says"):
-        find_anatomy(model.native)
+        find_anatomy(model.native, family_for(model.native.config))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import importlib
 import pkgutil
+from typing import Any
 
-from actpipe.errors import UnsupportedModelError, did_you_mean
 from actpipe.models.families.entry import Family
 
 _NOT_ENTRIES = {"entry", "fused"}
@@ -24,16 +24,11 @@ def all_families() -> dict[str, Family]:
     return found
 
 
-def family_of(model_type: str) -> Family:
-    """Return the entry for a configuration's `model_type`.
+def entry_for(config: Any) -> Family | None:
+    """Return the entry for a configuration, if there is one.
 
-    Raises:
-        UnsupportedModelError: There is none; names those that there are.
+    An encoder's configuration that asks for a decoder is another architecture, which its entry is not for.
     """
-    families = all_families()
-    if model_type not in families:
-        raise UnsupportedModelError(
-            f"no entry says where the parts of a {model_type!r} model are; there are entries for "
-            f"{', '.join(sorted(families))}{did_you_mean(model_type, families)}"
-        )
-    return families[model_type]
+    family = all_families().get(config.model_type)
+    decoder = family is not None and family.task == "masked" and getattr(config, "is_decoder", False)
+    return None if decoder else family

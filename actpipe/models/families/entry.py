@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Layout = Literal["whole", "columns", "grouped", "codegen", "first_half", "second_half"]
@@ -66,6 +66,11 @@ def fused(module: str, layout: Layout | Callable[[Config], Layout]) -> dict[str,
     return {which: Projection(module, layout) for which in ("q", "k", "v")}
 
 
+def n_heads(config: Config) -> int:
+    """Return the number of attention heads that a configuration asks for."""
+    return int(config.num_attention_heads)
+
+
 @dataclass(frozen=True)
 class Family:
     """One architecture. Paths of `blocks`, `embed`, `pos_embed` and the norms beside them start at the base model."""
@@ -78,20 +83,20 @@ class Family:
     blocks: str
     final_norm: str | None
     ln1: Paths | None
-    attention: str
+    attention: str | None
     """The module that runs attention; where it adds the residual stream itself, see `attn_out`."""
     q: Projection | None
     """None where queries and keys are put together from latent vectors."""
     k: Projection | None
     v: Projection | None
-    out: str
+    out: str | None
     """The projection whose weight is W_O."""
     ln2: Paths | None
     """The norm before the MLP; in some parallel blocks the same module as `ln1`, beside cross-attention its norm."""
-    mlp: str
+    mlp: str | None
     """The module that runs the MLP; where it adds the residual stream itself, its last projection."""
-    w_in: Projection
-    w_out: str
+    w_in: Projection | None
+    w_out: str | None
     w_gate: Projection | None = None
     gated: Callable[[Config], bool] = lambda _: True
     """Whether the gate, where one is named, is there in this configuration."""
@@ -130,7 +135,6 @@ class Family:
     """Whether the MLP sees batch and positions as one axis."""
     sees_attention_by: Literal["interface", "softmax"] = "interface"
     """Whether attention goes through transformers' attention interface, or by code of the model's own."""
-    n_heads: Callable[[Config], int] = lambda config: int(config.num_attention_heads)
     n_kv_heads: Callable[[Config], int] = lambda config: getattr(config, "num_key_value_heads", None) or n_heads(config)
     embed_scale: Callable[[Config], float] = lambda _: 1.0
     """What the token embedding is multiplied with."""
@@ -138,6 +142,21 @@ class Family:
     """What attention's and the MLP's outputs are multiplied with before they are added."""
     logit_scale: Callable[[Config], float] = lambda _: 1.0
     """What the unembedding's output is multiplied with."""
+    n_heads: Callable[[Config], int] = n_heads
+    d_qk: Callable[[Config], int] | None = None
+    """Length of a query vector, where it is not that of a value vector."""
+    branches: tuple[str, ...] = ("hook_attn_out", "hook_mlp_out")
+    """What the block adds to the stream, in order; none where it does something else to it."""
+    others: Mapping[str, str] = field(default_factory=dict)
+    """More outputs of modules by name: path inside the block."""
+    gated_z: bool = False
+    """Whether something stands between the mixed values and the projection that W_O is."""
+    layers: tuple[Family, ...] = ()
+    """One entry per layer, where layers are not alike."""
+    withheld: Mapping[str, str] = field(default_factory=dict)
+    """Kinds of hook points that are not offered: which identity does not hold."""
+    by_structure: bool = False
+    """Whether nobody wrote this entry: it was found out by running a small model."""
     default_prepend_bos: bool = True
     """TransformerLens' `default_prepend_bos`."""
 
@@ -193,9 +212,9 @@ class Family:
         return self.parallel(config) if callable(self.parallel) else self.parallel
 
 
-def n_heads(config: Config) -> int:
-    """Return the number of attention heads that a configuration asks for."""
-    return int(config.num_attention_heads)
+def latent_size(config: Config) -> int:
+    """Return the length of a query that is put together from latent vectors."""
+    return int(config.qk_nope_head_dim + config.qk_rope_head_dim)
 
 
 def gpt_layout(name: str, *model_types: str, **differences: Any) -> Family:
