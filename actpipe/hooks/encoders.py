@@ -79,11 +79,12 @@ def post_norm_points(shape: ModelShape, layer: int) -> Iterator[HookPoint]:
         return HookPoint(prefix + kind, ("d_model",), layer, meaning, on_request=on_request)
 
     yield point("hook_resid_pre", "residual stream entering the block")
-    for which in ("q", "k", "v"):
+    for which in ("q", "k", "v") if block.attention else ():
         name = f"{prefix}hook_{which}_input"
         copies = "the block's input, once for each head"
         yield HookPoint(name, ("head", "d_model"), layer, copies, on_request=f"{prefix}hook_resid_pre")
-    yield from attention_points(block, prefix, layer)
+    if block.attention:
+        yield from attention_points(block, prefix, layer)
     yield point("hook_attn_out", "what attention adds to the residual stream")
     yield point("hook_resid_mid", "residual stream after attention, before its norm")
     if block.cross:

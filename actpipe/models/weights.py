@@ -154,7 +154,11 @@ class Weights:
 
     def _qk_norms(self, layer: int) -> dict[str, Callable[[], torch.Tensor]]:
         """Return weights of the norms of queries and keys; one row per head where heads have their own."""
-        family, block, offset = self._anatomy.family, self._shape.blocks[layer], self._anatomy.family.norm_offset
+        family, block, offset = (
+            self._anatomy.family_at(layer),
+            self._shape.blocks[layer],
+            self._anatomy.family.norm_offset,
+        )
         getters: dict[str, Callable[[], torch.Tensor]] = {}
         for which in ("q_norm", "k_norm"):
             norm = self._anatomy.part(layer, getattr(family, which))

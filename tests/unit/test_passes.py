@@ -207,26 +207,26 @@ class TestTexts:
         return HookedModel.from_pretrained(str(MODELS / "gpt2"), device="cpu", dtype="float32")
 
     def test_tokens_and_back(self, model):
-        ids = model.to_tokens("the cat sat", prepend_bos=True)
+        ids = model.to_tokens("t5 t6 t7", prepend_bos=True)
         assert ids.shape[0] == 1
         assert int(ids[0, 0]) == (
             model.tokenizer.bos_token_id if model.tokenizer.bos_token_id is not None else model.tokenizer.eos_token_id
         )
-        assert model.to_string(ids[0, 1:]) == "the cat sat"
-        assert "".join(model.to_str_tokens("the cat sat", prepend_bos=False)) == "the cat sat"
-        assert model.to_str_tokens(ids)[1:] == model.to_str_tokens("the cat sat", prepend_bos=False)
+        assert model.to_string(ids[0, 1:]) == "t5 t6 t7"
+        assert model.to_str_tokens("t5 t6 t7", prepend_bos=False) == ["t5", "t6", "t7"]
+        assert model.to_str_tokens(ids)[1:] == model.to_str_tokens("t5 t6 t7", prepend_bos=False)
         assert model.to_string(ids) == [model.to_string(ids[0])]
 
     def test_padding(self, model):
-        texts = ["the cat sat on the mat", "the"]
+        texts = ["t5 t6 t7 t8 t9", "t5"]
         right, left = model.to_tokens(texts, padding_side="right"), model.to_tokens(texts, padding_side="left")
         assert right.shape == left.shape
-        short = model.to_tokens("the")
+        short = model.to_tokens("t5")
         assert torch.equal(right[1, : short.shape[1]], short[0])
         assert torch.equal(left[1, -short.shape[1] :], short[0])
         for side in ("left", "right"):
             logits = model(texts, padding_side=side)
-            alone = model("the")
+            alone = model("t5")
             place = slice(-short.shape[1], None) if side == "left" else slice(0, short.shape[1])
             torch.testing.assert_close(logits[1, place], alone[0], atol=1e-4, rtol=1e-4)
 
@@ -234,7 +234,7 @@ class TestTexts:
         token = model.to_single_token(model.to_single_str_token(5))
         assert token == 5
         with pytest.raises(ValueError, match="is not a single token but"):
-            model.to_single_token("the cat sat on the mat")
+            model.to_single_token("t5 t6 t7 t8 t9")
         ids = torch.tensor([3, 5, 4, 5])
         assert model.get_token_position(5, ids) == 1
         assert model.get_token_position(5, ids, mode="last") == 3
@@ -243,21 +243,21 @@ class TestTexts:
 
     def test_too_long_a_text_is_cut_with_a_warning(self, model):
         with pytest.warns(UserWarning, match="are cut to"):
-            assert model.to_tokens("the cat " * 2000).shape[1] == model.shape.n_ctx
+            assert model.to_tokens("t5 t6 " * 2000).shape[1] == model.shape.n_ctx
 
     def test_loss_per_token_and_mean(self, model):
-        ids = model.to_tokens("the cat sat on the mat")
+        ids = model.to_tokens("t5 t6 t7 t8 t9")
         logits, loss = model(ids, return_type="both")
         per_token = model(ids, return_type="loss", loss_per_token=True)
         expected = torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="none")
         torch.testing.assert_close(per_token[0], expected)
         torch.testing.assert_close(loss, expected.mean())
-        padded = model(["the cat sat on the mat", "the cat"], return_type="loss", loss_per_token=True)
-        assert np.count_nonzero(padded[1].numpy()) == model.to_tokens("the cat").shape[1] - 1
+        padded = model(["t5 t6 t7 t8 t9", "t5 t6"], return_type="loss", loss_per_token=True)
+        assert np.count_nonzero(padded[1].numpy()) == model.to_tokens("t5 t6").shape[1] - 1
 
     def test_ranks_of_an_answer(self, model, capsys):
-        ranks = model.test_prompt("the cat sat on", "the", top_k=3)
-        logits = model("the cat sat on")[0, -1]
-        token = model.to_tokens(" the", prepend_bos=False)[0, 0]
+        ranks = model.test_prompt("t5 t6 t7 t8", "t9", top_k=3)
+        logits = model("t5 t6 t7 t8")[0, -1]
+        token = model.to_tokens(" t9", prepend_bos=False)[0, 0]
         assert ranks[0][1] == int((logits > logits[token]).sum())
         assert "probability" in capsys.readouterr().out

@@ -284,7 +284,7 @@ def _entry(parts: BlockParts, name: str, heads: Number, key_heads: Number) -> Fa
     known = set(parts.projections) == {"q", "k", "v"}
     branches = _branch_names(parts)
     attention_out = parts.attention_branch
-    whole = known or "v" in parts.projections
+    seen = parts.attention is not None and (known or not parts.own_code)  # own code shows values by projection only
     return Family(
         name=name,
         model_types=(name,),
@@ -293,11 +293,11 @@ def _entry(parts: BlockParts, name: str, heads: Number, key_heads: Number) -> Fa
         blocks="",
         final_norm=None,
         ln1=parts.norms.get("ln1"),
-        attention=parts.attention,
+        attention=parts.attention if seen else None,
         q=parts.projections["q"] if known else None,
         k=parts.projections["k"] if known else None,
-        v=parts.projections["v"] if known and whole else None,
-        out=parts.out,
+        v=parts.projections["v"] if known else None,
+        out=parts.out if seen else None,
         ln2=parts.norms.get("ln2"),
         mlp=parts.mlp,
         w_in=parts.w_in,
