@@ -12,7 +12,7 @@ from families import build
 from support import MODELS
 
 from actpipe import HookedModel
-from actpipe.errors import ModelLoadError, UnknownHookError, UnsupportedModelError
+from actpipe.errors import ModelLoadError, UnknownHookError
 from actpipe.models.capture import Capture
 from actpipe.models.identities import check_identities, probe_ids
 from actpipe.models.position_bias import relative_bias
@@ -193,14 +193,6 @@ def test_the_next_sentence_head_is_loaded_where_the_weights_are_there_whatever_t
         assert ("pooler.hook_pooler_out" in loaded.hook_points) == next_sentence
         expected = build("bert, next sentence" if next_sentence else "bert").forward(IDS)
         torch.testing.assert_close(loaded.forward(IDS), expected, atol=1e-5, rtol=0)
-
-
-def test_a_bert_that_predicts_the_next_token_is_refused(tmp_path):
-    config = json.loads((MODELS / "bert" / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"is_decoder": True}))
-
-    with pytest.raises(UnsupportedModelError, match="this bert model predicts the next token"):
-        HookedModel.from_pretrained(str(tmp_path), dtype="float32", device="cpu")
 
 
 def test_layers_of_encoder_and_decoder_are_counted_apart():
