@@ -156,7 +156,7 @@ class _Checkpoint:
         declared = getattr(module, name, None)
         if declared is None:
             return None
-        parameter = f"{self._paths[module]}.{name}"
+        parameter = f"{self._paths[module]}.{name}".lstrip(".")
         if name in module._non_persistent_buffers_set:
             return self._computed(module, name)
         tensor = self._files.read(self._key(parameter))

@@ -15,6 +15,7 @@ from actpipe.errors import UnsupportedModelError
 from actpipe.models.anatomy import find_anatomy
 from actpipe.models.identities import check_identities, probe_ids
 from actpipe.models.loading import ModelSource
+from actpipe.models.recognition import family_for
 
 
 def assert_same(found, expected):
@@ -43,11 +44,12 @@ def device_map(model, first_block):
 
 
 class TestOffloaded:
+    @pytest.mark.filterwarnings("ignore:The following device_map keys")  # tied and dropped modules have no place
     @pytest.mark.parametrize("name", CONFIGS)
     def test_one_block_on_disk(self, name, tmp_path):
         model = build(name)
         model.native.save_pretrained(tmp_path)
-        native = AutoModelForCausalLM.from_pretrained(
+        native = type(model.native).from_pretrained(
             tmp_path, device_map=device_map(model, "disk"), offload_folder=tmp_path / "offloaded"
         )
         offloaded = HookedModel(native.eval(), ModelSource(name))
@@ -99,13 +101,13 @@ def compile_forward(native):
 
 
 def compile_blocks(native):
-    for block in find_anatomy(native).blocks:
+    for block in find_anatomy(native, family_for(native.config)).blocks:
         block.compile(backend="aot_eager")
     return native
 
 
 def replace_blocks(native):
-    blocks = native.base_model.get_submodule(find_anatomy(native).family.blocks)
+    blocks = native.base_model.get_submodule(find_anatomy(native, family_for(native.config)).family.blocks)
     for layer, block in enumerate(list(blocks)):
         blocks[layer] = torch.compile(block, backend="aot_eager")
     return native
