@@ -84,6 +84,7 @@ class Ours:
     def __call__(self, wanted: Any) -> Measured:
         """Measure one round."""
         names = self.names(wanted)
+        self.bare(self.batches[0])  # the other side ran meanwhile, and its data is in the caches
         return [self.measure(ids, names, hooked_first=bool(number % 2)) for number, ids in enumerate(self.batches)]
 
     def measure(self, ids: Any, names: list[str], *, hooked_first: bool) -> dict[str, float]:
@@ -212,6 +213,7 @@ def main() -> None:
     with sides(arguments.alone, arguments.threads) as (ours, theirs):
         results: dict[str, tuple[Measured, Measured]] = {title: ([], []) for title in CHOICES}
         for number in range(arguments.rounds + 1):
+            print(f"round {number} of {arguments.rounds}", file=sys.stderr, flush=True)
             for title, wanted in CHOICES.items():
                 mine, other = ours(wanted), theirs(wanted) if theirs is not None else None
                 if number:  # the first round warms up

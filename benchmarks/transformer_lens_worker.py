@@ -56,6 +56,7 @@ def main() -> None:
             partial(native, use_cache=False),
             partial(bridge.run_with_cache, names_filter=names_filter(json.loads(line)), return_cache_object=False),
         ]
+        native(data[0], use_cache=False)
         answer = []
         for number, ids in enumerate(data):
             taken = [0.0, 0.0]
