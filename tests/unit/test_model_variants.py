@@ -40,7 +40,8 @@ def device_map(model, first_block):
         children = (place(f"{path}.{name}".lstrip("."), child) for name, child in module.named_children())
         return {key: value for child in children for key, value in child.items()}
 
-    return place("", model.native)
+    own = {name: "cpu" for name, _ in model.native.named_buffers(recurse=False)}
+    return own | place("", model.native)
 
 
 class TestOffloaded:

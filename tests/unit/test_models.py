@@ -145,11 +145,11 @@ class TestLoading:
         with pytest.raises(ModelLoadError, match=r"does not exist; did you mean '.*/gpt_neox'"):
             HookedModel.from_pretrained(str(MODELS / "gpt_neoxx"))
 
-    def test_an_architecture_without_an_entry_is_refused(self, tmp_path):
-        from transformers import RwkvConfig
+    def test_an_architecture_that_structure_does_not_tell_is_refused(self, tmp_path):
+        from transformers import XLMConfig
 
-        RwkvConfig(hidden_size=8, num_hidden_layers=2, vocab_size=50).save_pretrained(tmp_path)
-        with pytest.raises(UnsupportedModelError, match="no entry says where the parts of a 'rwkv' model are, and"):
+        XLMConfig(emb_dim=8, n_layers=2, n_heads=2, n_words=50).save_pretrained(tmp_path)
+        with pytest.raises(UnsupportedModelError, match="no entry says where the parts of a 'xlm' model are, and"):
             ModelSpec(ModelSource(str(tmp_path)))
 
     def test_code_that_comes_with_a_model_is_not_run(self, tmp_path):
