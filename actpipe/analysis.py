@@ -56,6 +56,30 @@ def require_decoder(context: RunContext, config: AnalysisConfig) -> None:
         )
 
 
+def require_sum(context: RunContext, config: AnalysisConfig, *, native: bool = False) -> None:
+    """Refuse an analysis of a model whose residual stream is no sum of what attention and MLPs write.
+
+    Args:
+        context: The run.
+        config: The analysis.
+        native: Whether it also needs the model's own activations.
+
+    Raises:
+        RecipeError: Says which analysis and which model, and why.
+    """
+    require_decoder(context, config)
+    family = context.spec.anatomy.family.name
+    if not context.spec.shape.sums_to_logits:
+        raise RecipeError(
+            f"{result_name(config)} takes the residual stream apart into what attention and MLPs write, and that of "
+            f"this {family} model is no such sum, or not all of it is proven; leave the stage out"
+        )
+    if native and context.recipe.model.convention != "native":
+        raise RecipeError(
+            f"{result_name(config)} folds norms by itself and reads native activations; set `model.convention: native`"
+        )
+
+
 def require_hooks(context: RunContext, config: AnalysisConfig, names: Iterable[str]) -> None:
     """Refuse an analysis, before anything runs, whose input will not be stored.
 

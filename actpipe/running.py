@@ -148,7 +148,13 @@ def make_context(recipe: Recipe, base: Path, folder: RunFolder, telemetry: Telem
     )
 
     def load_model() -> HookedModel:
-        return HookedModel.from_source(source, dtype=model.dtype, device=model.device, device_map=model.device_map)
+        return HookedModel.from_source(
+            source,
+            dtype=model.dtype,
+            device=model.device,
+            device_map=model.device_map,
+            convention=model.convention,
+        )
 
     return RunContext(
         folder=folder,
@@ -156,7 +162,7 @@ def make_context(recipe: Recipe, base: Path, folder: RunFolder, telemetry: Telem
         recipe=recipe,
         engine=InProcess(),
         telemetry=telemetry,
-        load_spec=lambda: ModelSpec(source, model.dtype),
+        load_spec=lambda: ModelSpec(source, model.dtype, model.convention),
         load_model=load_model,
     )
 

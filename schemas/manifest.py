@@ -24,6 +24,8 @@ class ModelIdentity(Contract):
     """SHA-256 over the configuration and over size and sampled bytes of every weight file."""
     dtype: str
     """Element type of the computation."""
+    convention: Literal["native", "processed"] = "native"
+    """Whether activations are the model's own, or those after TransformerLens' default weight processing."""
 
 
 class BlockRecord(Contract):

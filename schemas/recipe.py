@@ -27,6 +27,9 @@ class ModelConfig(Contract):
     """Spread one model over several devices with accelerate; then `device` must stay `auto`."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off: such models are refused."""
+    convention: Literal["native", "processed"] = "native"
+    """`native` stores the model's own activations, `processed` those that `HookedTransformer.from_pretrained` gives
+    by default: of a model with folded norms, centred weights and folded value biases."""
 
     @model_validator(mode="after")
     def _one_placement(self) -> Self:

@@ -12,7 +12,7 @@ import torch
 import xarray as xr
 from actpipe.schemas.recipe import AttributeLogitsConfig
 
-from actpipe.analysis import require_decoder, require_hooks, run_analysis
+from actpipe.analysis import require_hooks, require_sum, run_analysis
 from actpipe.compute.attribution import fold_unembedding
 from actpipe.compute.residual import residual_components
 from actpipe.errors import IdentityError
@@ -45,7 +45,7 @@ class AttributeLogits:
 
     def check(self, context: RunContext) -> None:
         """Refuse a store that will lack a component or a head."""
-        require_decoder(context, self.config)
+        require_sum(context, self.config, native=True)
         n_layers = context.spec.shape.n_layers
         components = residual_components(context.spec.hook_points, n_layers)
         require_hooks(context, self.config, needed_arrays(components, n_layers, heads=self.config.heads))

@@ -8,7 +8,7 @@ from typing import ClassVar
 import pandas as pd
 from actpipe.schemas.recipe import DecomposeResidualConfig
 
-from actpipe.analysis import require_decoder, require_hooks, run_analysis
+from actpipe.analysis import require_hooks, require_sum, run_analysis
 from actpipe.compute.residual import residual_components, residual_hook
 from actpipe.errors import IdentityError, RecipeError
 from actpipe.jobs.residual import components_of, measure_residual
@@ -32,7 +32,7 @@ class DecomposeResidual:
 
     def check(self, context: RunContext) -> None:
         """Refuse a layer that is not there, and a store that will lack a component."""
-        require_decoder(context, self.config)
+        require_sum(context, self.config)
         n_layers = context.spec.shape.n_layers
         if self.config.layer is not None and self.config.layer > n_layers:
             raise RecipeError(f"decompose_residual: layer {self.config.layer} is above the model's {n_layers}")

@@ -28,6 +28,8 @@ def prove_hooks(model: HookedModel, tokens: TokenTable, names: tuple[str, ...]) 
             raise IdentityError(
                 f"{name} is not offered for this {model.anatomy.family.name} model; see the warning above"
             )
+    if model.convention != "native":  # the identities are of the model's own activations
+        model = HookedModel(model.native, model.source, family=model.anatomy.family)
     wrong = unproven(model, check_identities(model, ids), names)
     for name, outcome in wrong.items():
         raise IdentityError(

@@ -191,7 +191,7 @@ class ExtractionWorker:
         targets = self._placement.targets.to(normalized.device)
         at_once = max(1, LOGITS_AT_ONCE // self._model.shape.d_vocab)
         pieces = [
-            next_token_metrics(self._model.unembed(rows), wanted, self._config.metrics)
+            next_token_metrics(self._model.conventional(self._model.unembed(rows)), wanted, self._config.metrics)
             for rows, wanted in zip(torch.split(normalized, at_once), torch.split(targets, at_once), strict=True)
         ]
         for metric in pieces[0]:

@@ -18,6 +18,9 @@ Mlp = Literal["plain", "gated", "experts", "opaque"]
 Stack = Literal["blocks", "encoder", "decoder"]
 
 
+_BRANCHES = ("hook_attn_out", "hook_mlp_out")
+
+
 @dataclass(frozen=True)
 class BlockShape:
     """The sizes and the structural facts of one block that decide which names it has."""
@@ -51,7 +54,7 @@ class BlockShape:
     """Whether one projection mixes the heads into what attention puts out."""
     gated_z: bool = False
     """Whether something stands between the mixed values and that projection."""
-    branches: tuple[str, ...] = ("hook_attn_out", "hook_mlp_out")
+    branches: tuple[str, ...] = _BRANCHES
     """What is added to the stream, in order; none where the block does something else to it."""
     others: tuple[tuple[str, int], ...] = ()
     """More outputs of modules by name, with their lengths."""
@@ -136,7 +139,9 @@ class ModelShape:
     @property
     def sums_to_logits(self) -> bool:
         """Whether what the blocks write adds up to the stream that the final norm and the unembedding read."""
-        return self.causal and not any(block.post_norm for block in self.blocks)
+        written = {"hook_embed", "hook_pos_embed", *_BRANCHES, "ln_final.hook_scale", "ln_final.hook_normalized"}
+        usual = all(block.branches == _BRANCHES and not block.post_norm for block in self.blocks)
+        return self.causal and usual and self.final_norm and not written & set(self.withheld)
 
     def block_name(self, layer: int) -> str:
         """Return how the names of a block begin: `blocks.3`, or `decoder.0` for the first after the encoder's."""

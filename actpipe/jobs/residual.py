@@ -23,13 +23,13 @@ def components_of(store: ActivationStore, layer: int | None = None) -> list[Comp
     """Name the components of the model that a store came from.
 
     Raises:
-        UnsupportedModelError: It is an encoder, whose residual stream is no sum of what was written to it.
+        UnsupportedModelError: Its residual stream is no sum of what attention and MLPs write.
     """
     shape = store.shape
     if not shape.sums_to_logits:
         raise UnsupportedModelError(
-            f"the store {store.folder.root} is of {store.manifest.model.family}, an encoder: its residual stream is "
-            "not taken apart; work with the stored activations themselves"
+            f"the store {store.folder.root} is of {store.manifest.model.family}, whose residual stream is no sum of "
+            "what attention and MLPs write to it; work with the stored activations themselves"
         )
     return residual_components(build_catalogue(shape), shape.n_layers, layer)
 
@@ -48,7 +48,7 @@ def decompose_resid(store: ActivationStore, layer: int | None = None) -> tuple[A
 
     Raises:
         IncompleteStoreError: A component is not stored.
-        UnsupportedModelError: The model is an encoder.
+        UnsupportedModelError: The model's stream is no such sum.
     """
     import dask.array as da
 

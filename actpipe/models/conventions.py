@@ -28,16 +28,30 @@ _STREAM = {"hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_mlp_in",
 _COPIES = {"hook_q_input", "hook_k_input", "hook_v_input"}
 
 
+def check_convention(anatomy: Anatomy) -> None:
+    """Refuse models whose processed activations cannot be told from their own.
+
+    Raises:
+        UnsupportedModelError: Says why, and what to use.
+    """
+    check_processable(anatomy.shape)
+    if anatomy.family.by_structure:
+        raise UnsupportedModelError(
+            f"the processed convention is not offered for {anatomy.family.name}, which has no entry; "
+            "use convention='native'"
+        )
+    if anatomy.shape.embed_norm:
+        raise UnsupportedModelError(
+            f"the processed convention is not offered for {anatomy.family.name}: its embedding passes a norm, "
+            "so the stream's mean cannot be told from the stream alone; use convention='native'"
+        )
+
+
 class Processed:
     """Turns taps of the native model into taps of the processed one."""
 
     def __init__(self, anatomy: Anatomy, weights: Weights) -> None:
-        check_processable(anatomy.shape)
-        if anatomy.shape.embed_norm:
-            raise UnsupportedModelError(
-                f"the processed convention is not offered for {anatomy.family.name}: its embedding passes a norm, "
-                "so the stream's mean cannot be told from the stream alone; use convention='native'"
-            )
+        check_convention(anatomy)
         self._anatomy = anatomy
         self._weights = weights
         self._centered = anatomy.shape.norm == "LN"

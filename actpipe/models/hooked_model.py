@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from actpipe.hooks import HookName, HookPoint, ModelShape, build_catalogue, select_hooks
 from actpipe.models.anatomy import Anatomy, find_anatomy
 from actpipe.models.capture import Capture, Sink
-from actpipe.models.conventions import Convention, Processed
+from actpipe.models.conventions import Convention, Processed, check_convention
 from actpipe.models.encoder_inputs import add_encoder_inputs
 from actpipe.models.families.entry import Family
 from actpipe.models.loading import (
@@ -36,12 +36,15 @@ from actpipe.schemas.manifest import ModelIdentity
 class ModelSpec:
     """What is known of a model without its weights: shape, hook points, tokenizer, identity."""
 
-    def __init__(self, source: ModelSource, dtype: str = "auto") -> None:
+    def __init__(self, source: ModelSource, dtype: str = "auto", convention: Convention = "native") -> None:
         self.source = source
         self.config = load_config(source)
         family = family_for(self.config, trust_remote_code=source.trust_remote_code)
         self.anatomy = find_anatomy(load_skeleton(source, self.config), family)
         self._dtype = dtype
+        self._convention: Convention = convention
+        if convention == "processed":
+            check_convention(self.anatomy)
 
     @property
     def shape(self) -> ModelShape:
@@ -62,7 +65,9 @@ class ModelSpec:
     def identity(self) -> ModelIdentity:
         """Which model this is, and what it computes in."""
         dtype = compute_dtype(self.config, self._dtype)
-        return identify(self.source, self.config, family=self.anatomy.family.name, dtype=dtype)
+        return identify(
+            self.source, self.config, family=self.anatomy.family.name, dtype=dtype, convention=self._convention
+        )
 
     @property
     def n_parameters(self) -> int:

@@ -187,7 +187,9 @@ def resolve_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def identify(source: ModelSource, config: Any, *, family: str, dtype: str) -> ModelIdentity:
+def identify(
+    source: ModelSource, config: Any, *, family: str, dtype: str, convention: Literal["native", "processed"]
+) -> ModelIdentity:
     """Say which model this is, so that a run is never continued with another one; loads no weights.
 
     The fingerprint covers the configuration and, for a folder, size and the first and last MiB
@@ -203,7 +205,14 @@ def identify(source: ModelSource, config: Any, *, family: str, dtype: str) -> Mo
                 digest.update(_sample(path))
     else:
         digest.update(f"{source.name}@{commit or source.revision}".encode())
-    return ModelIdentity(name=source.title, revision=commit, family=family, fingerprint=digest.hexdigest(), dtype=dtype)
+    return ModelIdentity(
+        name=source.title,
+        revision=commit,
+        family=family,
+        fingerprint=digest.hexdigest(),
+        dtype=dtype,
+        convention=convention,
+    )
 
 
 def _sample(path: Path) -> bytes:

@@ -120,5 +120,5 @@ def test_windows_would_close_sequences_inside_documents(framing_bert, corpus, tm
 def test_the_residual_stream_of_an_encoder_is_not_taken_apart(ids_corpus, tmp_path):
     run(recipe_for(ids_corpus, MODELS / "bert", column="ids", hooks=["*"]), tmp_path / "run")
 
-    with pytest.raises(UnsupportedModelError, match="is of bert, an encoder: its residual stream is not taken apart"):
+    with pytest.raises(UnsupportedModelError, match="is of bert, whose residual stream is no sum"):
         decompose_resid(open_store(tmp_path / "run"))
