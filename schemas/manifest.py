@@ -24,8 +24,6 @@ class ModelIdentity(Contract):
     """SHA-256 over the configuration and over size and sampled bytes of every weight file."""
     dtype: str
     """Element type of the computation."""
-    convention: Literal["native", "processed"] = "native"
-    """Whether activations are the model's own, or those after TransformerLens' default weight processing."""
 
 
 class BlockRecord(Contract):
@@ -147,8 +145,8 @@ class StoreManifest(Contract):
     rows_per_part: PositiveInt
     """Rows of a part, which are those of every array's chunk."""
     context_length: PositiveInt
-    convention: Literal["native"] = "native"
-    """Values are the native model's own; names mean what TransformerLens 2.16 means by them."""
+    convention: Literal["native", "processed"] = "native"
+    """Values are the native model's own, or those after TransformerLens 2.16's default weight processing."""
     codec: Literal["none"] = "none"
     """Chunk files hold the row-major array, little-endian, and nothing else."""
     model: ModelIdentity

@@ -70,6 +70,7 @@ def plan_store(
         n_rows=n_rows,
         rows_per_part=rows_per_part,
         context_length=context_length,
+        convention=spec.convention,
         model=spec.identity,
         shape=record_shape(spec.shape),
         arrays=tuple(arrays),

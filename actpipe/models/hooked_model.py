@@ -42,7 +42,7 @@ class ModelSpec:
         family = family_for(self.config, trust_remote_code=source.trust_remote_code)
         self.anatomy = find_anatomy(load_skeleton(source, self.config), family)
         self._dtype = dtype
-        self._convention: Convention = convention
+        self.convention: Convention = convention
         if convention == "processed":
             check_convention(self.anatomy)
 
@@ -65,9 +65,7 @@ class ModelSpec:
     def identity(self) -> ModelIdentity:
         """Which model this is, and what it computes in."""
         dtype = compute_dtype(self.config, self._dtype)
-        return identify(
-            self.source, self.config, family=self.anatomy.family.name, dtype=dtype, convention=self._convention
-        )
+        return identify(self.source, self.config, family=self.anatomy.family.name, dtype=dtype)
 
     @property
     def n_parameters(self) -> int:

@@ -187,9 +187,7 @@ def resolve_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def identify(
-    source: ModelSource, config: Any, *, family: str, dtype: str, convention: Literal["native", "processed"]
-) -> ModelIdentity:
+def identify(source: ModelSource, config: Any, *, family: str, dtype: str) -> ModelIdentity:
     """Say which model this is, so that a run is never continued with another one; loads no weights.
 
     The fingerprint covers the configuration and, for a folder, size and the first and last MiB
@@ -211,7 +209,6 @@ def identify(
         family=family,
         fingerprint=digest.hexdigest(),
         dtype=dtype,
-        convention=convention,
     )
 
 

@@ -33,7 +33,7 @@ def test_a_processed_store_holds_what_from_pretrained_gives_by_default(family, c
     recipe["model"]["convention"] = "processed"
     run(recipe, tmp_path / "run")
     store = open_store(tmp_path / "run")
-    assert store.manifest.model.convention == "processed"
+    assert store.manifest.convention == "processed"
     model = HookedModel.from_pretrained(str(MODELS / family), dtype="float32", device="cpu", convention="processed")
     document = store.document(1)
     logits, cache = model.run_with_cache(document.input_ids)
