@@ -105,7 +105,7 @@ class AttentionCall:
         blocked = mask <= torch.finfo(mask.dtype).min
         added = mask.float()
         if self.alibi:
-            added = added - torch.diagonal(added.masked_fill(blocked, 0), dim1=-2, dim2=-1).unsqueeze(-1)
+            added = added - _own_keys(added.masked_fill(blocked, 0))
         return (scores + added).masked_fill(blocked, -torch.inf)
 
     @cached_property
@@ -138,8 +138,9 @@ class SoftmaxCall:
         scores = self.before.float()
         blocked = scores <= self.least / 64
         if self.alibi:
-            plain = (self.query.float() * self.key.float()).sum(-1) * self.query.shape[-1] ** -0.5
-            scores = scores - (torch.diagonal(scores, dim1=-2, dim2=-1) - plain).unsqueeze(-1)
+            own = self.key[:, :, -self.query.shape[2] :]
+            plain = (self.query.float() * own.float()).sum(-1) * self.query.shape[-1] ** -0.5
+            scores = scores - (_own_keys(scores) - plain.unsqueeze(-1))
         return scores.masked_fill(blocked, -torch.inf)
 
     @cached_property
@@ -147,6 +148,12 @@ class SoftmaxCall:
         """What the softmax gave."""
         nothing = torch.isneginf(self.scores).all(dim=-1, keepdim=True)
         return self.after.float().masked_fill(nothing, 0.0)
+
+
+def _own_keys(scores: torch.Tensor) -> torch.Tensor:
+    """Return `(..., query_position, 1)`: what stands at each query's own key; the last keys are the queries' own."""
+    n_queries, n_keys = scores.shape[-2:]
+    return torch.diagonal(scores, n_keys - n_queries, dim1=-2, dim2=-1).unsqueeze(-1)
 
 
 _observers: weakref.WeakKeyDictionary[nn.Module, tuple[Observer, bool]] = weakref.WeakKeyDictionary()

@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import torch
 from torch import nn
+from transformers import Cache
 
 from actpipe.errors import IdentityError
 from actpipe.models.anatomy import Anatomy
@@ -44,7 +45,8 @@ class Capture(AbstractContextManager["Capture"]):
         self._stop = stop
         self._pending: set[str] = set()
         self._running = False
-        self._batch_size = self._n_tokens = 0
+        self._batch_size = self._n_tokens = self._n_held = 0
+        self._held: Cache | None = None
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
@@ -73,11 +75,13 @@ class Capture(AbstractContextManager["Capture"]):
         """
         self._pending = {tap.name for tap in self._taps}
         self._batch_size, self._n_tokens = input_ids.shape[0], input_ids.numel()
+        self._held = kwargs.get("past_key_values")
+        self._n_held = 0 if self._held is None else self._held.get_seq_length() + input_ids.shape[1]
         output = None
         if self._pending or not self._stop:
             self._running = True
             try:
-                output = self._native(input_ids=input_ids, use_cache=False, **kwargs)
+                output = self._native(input_ids=input_ids, **{"use_cache": False, **kwargs})
             except _EverythingCaptured:
                 output = None
             finally:
@@ -152,8 +156,12 @@ class Capture(AbstractContextManager["Capture"]):
                 tensor = tensor.expand(self._batch_size, *tensor.shape[1:])
             self._sink(tap.name, tensor)
             self._pending.discard(tap.name)
-        if self._stop and not self._pending:
+        if self._stop and not self._pending and self._is_held():
             raise _EverythingCaptured
+
+    def _is_held(self) -> bool:
+        """Whether the tokens that follow can be run: those of this pass count among what the cache holds."""
+        return self._held is None or self._held.get_seq_length() == self._n_held
 
 
 @contextmanager

@@ -11,10 +11,12 @@ from transformers import PreTrainedModel
 
 from actpipe.hooks import HookName, HookPoint, ModelShape, build_catalogue, select_hooks
 from actpipe.models.anatomy import Anatomy, find_anatomy
+from actpipe.models.caching import KeyValueCache, real_positions
 from actpipe.models.capture import Capture, Sink
 from actpipe.models.conventions import Convention, Processed, check_convention
 from actpipe.models.encoder_inputs import add_encoder_inputs
 from actpipe.models.families.entry import Family
+from actpipe.models.generation import GenerationMethods
 from actpipe.models.loading import (
     ModelSource,
     compute_dtype,
@@ -25,8 +27,8 @@ from actpipe.models.loading import (
     load_tokenizer,
 )
 from actpipe.models.parameters import execution_device
-from actpipe.models.passes import Input, InputIds, PassMethods, as_tensor
-from actpipe.models.prompts import PaddingSide, Prompts
+from actpipe.models.passes import Input, InputIds, as_tensor
+from actpipe.models.prompts import PaddingSide, Prompts, is_text
 from actpipe.models.recognition import family_for
 from actpipe.models.taps import UNEMBED_INPUT, Tap, tap_for, unembed_input_tap
 from actpipe.models.weights import Weights
@@ -77,7 +79,7 @@ class ModelSpec:
         return select_hooks(patterns, self.hook_points, n_layers=self.shape.n_layers)
 
 
-class HookedModel(PassMethods):
+class HookedModel(GenerationMethods):
     """A language model of transformers, run as it is, read by TransformerLens' names.
 
     Args:
@@ -104,6 +106,7 @@ class HookedModel(PassMethods):
         self.weights = Weights(self.anatomy)
         self.convention: Convention = convention
         self.editing = 0
+        self._cache_is_proven = False
         self._processed = Processed(self.anatomy, self.weights) if convention == "processed" else None
 
     @classmethod
@@ -196,6 +199,20 @@ class HookedModel(PassMethods):
         tap = tap_for(self.anatomy, point)
         return tap if self._processed is None else self._processed.tap(tap, point)
 
+    def new_kv_cache(self) -> KeyValueCache:
+        """Return an empty cache of keys and values, for `forward(..., past_kv_cache=...)`.
+
+        Raises:
+            UnsupportedModelError: The model has none, or does not compute the same with it.
+        """
+        cache = KeyValueCache(self.anatomy)
+        if not self._cache_is_proven:
+            from actpipe.models.cache_proof import prove_cache  # it runs hooked models: imported last
+
+            prove_cache(self)
+            self._cache_is_proven = True
+        return cache
+
     def conventional(self, logits: torch.Tensor) -> torch.Tensor:
         """Return logits as the convention has them."""
         return logits if self._processed is None else self._processed.logits(logits)
@@ -221,7 +238,7 @@ class HookedModel(PassMethods):
     ) -> dict[str, torch.Tensor]:
         """Return what the native model is given; see `forward` for the arguments."""
         ids: Any = input
-        if _is_text(input):
+        if is_text(input):
             texts: Any = input
             ids, mask = self.prompts.encode(texts, prepend_bos=prepend_bos, padding_side=padding_side)
             attention_mask = mask if attention_mask is None and not bool(mask.all()) else attention_mask
@@ -241,9 +258,8 @@ class HookedModel(PassMethods):
             raise ValueError(f"attention_mask is {tuple(mask.shape)}, input_ids are {tuple(ids.shape)}")
         mask = mask.to(self.device, torch.long)
         inputs["attention_mask"] = mask
-        if bool((mask[:, 1:] > mask[:, :-1]).any()):
-            inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)
-        return inputs
+        positions = real_positions(mask)
+        return inputs if positions is None else {**inputs, "position_ids": positions}
 
     def check_ids(self, ids: torch.Tensor) -> None:
         """Refuse ids that the model cannot take.
@@ -258,7 +274,3 @@ class HookedModel(PassMethods):
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= self.shape.d_vocab:
             raise ValueError(f"token id {low if low < 0 else high} is outside the vocabulary of {self.shape.d_vocab}")
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) or (isinstance(value, list | tuple) and bool(value) and isinstance(value[0], str))

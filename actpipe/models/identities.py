@@ -81,14 +81,15 @@ def _evaluate(law: Law, probe: Probe) -> Outcome | None:
             return None
         except RuntimeError:  # what it reads does not fit together
             left, right = torch.zeros(1), torch.full((1,), torch.inf)
-        error = _difference(left, right)
+        error = difference(left, right)
         if not error <= worst:
             worst, where = error, f"layer {layer}" if law.per_layer else "the whole model"
-    tolerance = 0.0 if law.exact else _rounding(probe.model)
+    tolerance = 0.0 if law.exact else rounding(probe.model)
     return Outcome(law.statement, law.kinds, worst, tolerance, where) if layers else None
 
 
-def _rounding(model: HookedModel) -> float:
+def rounding(model: HookedModel) -> float:
+    """Return how far two ways to compute the same may lie apart in this model's arithmetic, relative to the largest."""
     quantised = getattr(model.native, "is_quantized", False)
     return max(_TOLERANCE[model.dtype], _TOLERANCE_QUANTISED if quantised else 0.0)
 
@@ -103,7 +104,8 @@ def _layers_of(law: Law, probe: Probe) -> list[int]:
     ]
 
 
-def _difference(left: torch.Tensor, right: torch.Tensor) -> float:
+def difference(left: torch.Tensor, right: torch.Tensor) -> float:
+    """Return the largest difference relative to the largest finite value of `left`; inf for other shapes or NaN."""
     left, right = left.float(), right.float().to(left.device)
     if left.shape != right.shape:
         return float("inf")

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from actpipe.errors import UnsupportedModelError
 from actpipe.hooks import HookName, HookPoint, ModelShape
 from actpipe.models.anatomy import Anatomy
+from actpipe.models.caching import KeyValueCache
 from actpipe.models.capture import Capture, Sink
 from actpipe.models.conventions import Convention
 from actpipe.models.editing import Editing, Hook
@@ -92,6 +93,7 @@ class PassMethods(PromptMethods, ABC):
         tokens: InputIds | None = None,
         token_type_ids: InputIds | None = None,
         decoder_input_ids: InputIds | None = None,
+        past_kv_cache: KeyValueCache | None = None,
     ) -> Any:
         """Run the model.
 
@@ -109,6 +111,8 @@ class PassMethods(PromptMethods, ABC):
             token_type_ids: Segment of each token, for models that tell segments apart (BERT); all 0 by default.
             decoder_input_ids: `(batch, position)` for encoder-decoders (T5, BART); by default the one token with
                 which the decoder starts.
+            past_kv_cache: What stands before the input, from `new_kv_cache()` and earlier passes; the input is added
+                to it.
 
         Returns:
             Logits `(batch, position, d_vocab)` as the bare model computes them, an encoder-decoder's at the
@@ -126,11 +130,13 @@ class PassMethods(PromptMethods, ABC):
                 ids = torch.zeros(residual.shape[:2], dtype=torch.long) if tokens is None else tokens
                 inputs = self.inputs_for(ids, attention_mask, **more)
                 stack.enter_context(_entering(self, self.layer(start_at_layer), residual))
+            if past_kv_cache is not None:
+                inputs = past_kv_cache.extend(inputs)
             if not self.editing:
                 stack.enter_context(torch.no_grad())
             if stop_at_layer is not None:
                 return self.run_up_to(stop_at_layer, inputs)
-            logits = self.conventional(logits_of(self.native(use_cache=False, **inputs)))
+            logits = self.conventional(logits_of(self.native(**{"use_cache": False, **inputs})))
         if return_type is None:
             return None
         if return_type == "logits":

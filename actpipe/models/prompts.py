@@ -46,7 +46,7 @@ class Prompts:
         """Return ids and mask, both `(batch, position)`; shorter texts are padded."""
         rows = [self._ids(text, prepend_bos, truncate=truncate) for text in _listed(texts)]
         length = max(map(len, rows), default=0)
-        ids = torch.full((len(rows), length), self._padding, dtype=torch.long)
+        ids = torch.full((len(rows), length), self.padding, dtype=torch.long)
         mask = torch.zeros((len(rows), length), dtype=torch.long)
         side = padding_side or getattr(self.tokenizer, "padding_side", "right")
         for index, row in enumerate(rows):
@@ -75,7 +75,8 @@ class Prompts:
         raise ValueError("this tokenizer has neither BOS nor EOS to put first; use prepend_bos=False")
 
     @property
-    def _padding(self) -> int:
+    def padding(self) -> int:
+        """The id that stands beside shorter texts."""
         for name in ("pad_token_id", "eos_token_id", "bos_token_id"):
             if getattr(self.tokenizer, name, None) is not None:
                 return int(getattr(self.tokenizer, name))
@@ -96,6 +97,11 @@ class Prompts:
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """Return the text of each token."""
         return [self._text([int(token)]) for token in ids]
+
+
+def is_text(value: Any) -> bool:
+    """Whether a value is a text or texts, and not token ids."""
+    return isinstance(value, str) or (isinstance(value, list | tuple) and bool(value) and isinstance(value[0], str))
 
 
 def _listed(texts: str | Sequence[str]) -> list[str]:

@@ -245,18 +245,21 @@ def _read_result(tensor: torch.Tensor, out: nn.Module, n_heads: int, scale: floa
     return _times(result, scale)
 
 
-def _unrepeated(heads: torch.Tensor, block: BlockShape) -> torch.Tensor:
-    """Return `(batch, position, kv_head, d)` of keys or values, which a model may have repeated for its queries."""
-    return heads[:, :: heads.shape[1] // block.n_kv_heads].transpose(1, 2)
+def _unrepeated(heads: torch.Tensor, seen: AttentionSeen, block: BlockShape) -> torch.Tensor:
+    """Return `(batch, position, kv_head, d)` of this pass' keys or values.
+
+    A model may have repeated them for its queries, and put those of earlier passes before them.
+    """
+    return heads[:, :: heads.shape[1] // block.n_kv_heads, -seen.query.shape[2] :].transpose(1, 2)
 
 
 def _read_value(seen: AttentionSeen, block: BlockShape) -> torch.Tensor:
     assert seen.value is not None
-    return _unrepeated(seen.value, block)
+    return _unrepeated(seen.value, seen, block)
 
 
 def _read_key(seen: AttentionSeen, block: BlockShape) -> torch.Tensor:
-    return _unrepeated(seen.key, block)
+    return _unrepeated(seen.key, seen, block)
 
 
 def _read_mixed(seen: AttentionSeen) -> torch.Tensor:
