@@ -14,7 +14,8 @@ from transformers import Cache
 
 from actpipe.errors import IdentityError
 from actpipe.models.anatomy import Anatomy
-from actpipe.models.attention import AttentionSeen, OwnAttention, interface_watched, observe
+from actpipe.models.attention import OwnAttention, interface_watched, observe
+from actpipe.models.attention_calls import AttentionSeen
 from actpipe.models.taps import Side, Tap
 
 Sink = Callable[[str, torch.Tensor], None]

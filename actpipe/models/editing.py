@@ -22,7 +22,8 @@ from torch import nn
 from actpipe.errors import UnsupportedModelError
 from actpipe.hooks import HookPoint
 from actpipe.models.anatomy import Anatomy, norm_epsilon
-from actpipe.models.attention import AttentionCall, Observer, OwnAttention, edit, interface_watched
+from actpipe.models.attention import Observer, OwnAttention, edit, interface_watched
+from actpipe.models.attention_calls import AttentionCall
 from actpipe.models.taps import Side, Tap, norm_divided, norm_scale, tap_for
 
 Hook = Callable[[torch.Tensor, HookPoint], torch.Tensor | None]

@@ -12,7 +12,7 @@ from torch import nn
 
 from actpipe.hooks import BlockShape, HookPoint
 from actpipe.models.anatomy import Anatomy, matrix, norm_epsilon
-from actpipe.models.attention import AttentionSeen
+from actpipe.models.attention_calls import AttentionSeen
 from actpipe.models.families.entry import CrossAttention, Family, Layout
 from actpipe.models.families.fused import Part, split_branch, split_heads
 

@@ -12,7 +12,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from actpipe.models.attention import AttentionSeen, OwnAttention, interface_watched, observe
+from actpipe.models.attention import OwnAttention, interface_watched, observe
+from actpipe.models.attention_calls import AttentionSeen
 
 
 @dataclass
