@@ -36,6 +36,22 @@ def describe_run(path: Path) -> list[Finding]:
     return [finding for name, folder in corpora(open_run(path)).items() for finding in describe_corpus(name, folder)]
 
 
+def describe_tokens(table: TokenTable) -> Finding:
+    """Say what a token table holds and what it left out."""
+    manifest = table.manifest
+    rows = [
+        ("documents", f"{manifest.n_documents:,}", ""),
+        ("sequences", f"{manifest.n_sequences:,}", f"{manifest.layout}, context {manifest.context_length}"),
+        ("tokens", f"{manifest.n_rows:,}", ""),
+    ]
+    if manifest.n_truncated:
+        rows.append(("truncated tokens", f"{manifest.n_truncated:,}", "of documents longer than what was taken"))
+    for status, ids in manifest.first_problems.items():
+        more = ", ..." if manifest.status_counts[status] > len(ids) else ""
+        rows.append((f"left out: {status}", f"{manifest.status_counts[status]:,}", f"ids {', '.join(ids)}{more}"))
+    return Finding(f"Corpus: {manifest.dataset}", ("", "count", ""), tuple(rows))
+
+
 def describe_corpus(name: str, folder: RunFolder) -> list[Finding]:
     """Say what one corpus of a run holds."""
     if not TokenTable.exists(folder):

@@ -76,6 +76,8 @@ class Sequence:
     n_context: int
     first_row: int
     ids: TokenIds
+    n_prompt: int | None = None
+    """Tokens before those that the model itself added; None where it added none."""
 
     @property
     def n_tokens(self) -> int:

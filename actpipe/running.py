@@ -19,10 +19,13 @@ from actpipe.models.hooked_model import HookedModel, ModelSpec
 from actpipe.models.loading import ModelSource
 from actpipe.recipes import RecipeText, check_recipe, read_recipe_text, with_overrides
 from actpipe.records import Finding
+from actpipe.schemas.base import Contract
 from actpipe.schemas.manifest import ModelIdentity, RunRecord
 from actpipe.schemas.recipe import (
     AnalysisConfig,
     ExtractActivationsConfig,
+    GenerateTextConfig,
+    ModelConfig,
     Recipe,
     StageConfig,
     TokenizeTextConfig,
@@ -35,10 +38,11 @@ from actpipe.stores.verifying import corpora
 from actpipe.telemetry import Telemetry
 
 _LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "numpy", "zarr")
-_DATA_STAGES = (TokenizeTextConfig, ExtractActivationsConfig)
+_DATA_STAGES = (TokenizeTextConfig, GenerateTextConfig, ExtractActivationsConfig)
 _NOT_STORED = {
     "model": {"name", "device", "device_map"},
     "tokenize_text": set[str](),
+    "generate_text": set[str](),
     "extract_activations": {"queue_bytes", "fsync"},
 }
 """Settings that do not change a stored byte: where a run happens, and how. The model is known by its fingerprint."""
@@ -278,11 +282,13 @@ def _check_against_record(folder: RunFolder, recipe: Recipe, model: ModelIdentit
         return
     record = read_record(folder)
     ours = recipe.model_dump(mode="json")
-    differences = _differences("model", record.recipe["model"], ours["model"], _NOT_STORED["model"])
+    before = _completed(ModelConfig, record.recipe["model"])
+    differences = _differences("model", before, ours["model"], _NOT_STORED["model"])
     if record.model.fingerprint != model.fingerprint:
-        before, now = record.model, model
-        differences.append(f"model: {before.name} ({before.fingerprint[:12]}) -> {now.name} ({now.fingerprint[:12]})")
-    earlier = {_stage_key(stage): stage for stage in _data_stages(record.recipe)}
+        old = record.model
+        differences.append(f"model: {old.name} ({old.fingerprint[:12]}) -> {model.name} ({model.fingerprint[:12]})")
+    kinds = {config.model_fields["stage"].default: config for config in _DATA_STAGES}
+    earlier = {_stage_key(stage): _completed(kinds[stage["stage"]], stage) for stage in _data_stages(record.recipe)}
     for stage in _data_stages(ours):
         key = _stage_key(stage)
         if key in earlier:
@@ -294,6 +300,11 @@ def _check_against_record(folder: RunFolder, recipe: Recipe, model: ModelIdentit
             + "\n  ".join(differences)
             + "\nrun the old recipe, or choose another folder with --out"
         )
+
+
+def _completed(kind: type[Contract], settings: Any) -> dict[str, Any]:
+    """Fill in settings that did not exist when a run began, with what it did without them."""
+    return kind.model_validate(settings).model_dump(mode="json")
 
 
 def _note_other_libraries(context: RunContext) -> None:

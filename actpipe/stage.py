@@ -153,12 +153,12 @@ def check_order(stages: Sequence[Stage], present: Callable[[str, str], bool]) ->
     """
     given: set[tuple[str, str]] = set()
     for position, stage in enumerate(stages):
-        corpus = stage.config.corpus
+        corpus, source = stage.config.corpus, stage.config.reads
         for need in stage.needs:
-            if (corpus, need) not in given and not present(corpus, need):
+            if (source, need) not in given and not present(source, need):
                 raise RecipeError(
                     f"stages[{position}] ({stage.config.stage}) needs a {need.replace('_', ' ')} of the corpus "
-                    f"{corpus!r}, and no stage before it makes one"
+                    f"{source!r}, and no stage before it makes one"
                 )
         if (corpus, stage.gives) in given and stage.gives in ("token_table", "store"):
             raise RecipeError(

@@ -113,6 +113,10 @@ class TokenTableManifest(Contract):
     """Id that stands after every document in the packed layout, or at the end of every sequence of an encoder."""
     pad_id: int | None
     """Id with which TransformerLens pads a short row; known for compat layouts only, never stored."""
+    prefix_ids: tuple[NonNegativeInt, ...] = ()
+    """What every sequence begins with as context, run once for all of them."""
+    generated: bool = False
+    """Whether sequences hold tokens that the model itself added: those from `n_prompt` on in sequences.parquet."""
     dataset: str
     """The dataset, for people."""
     dataset_fingerprint: str | None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Literal, Self
 
 from actpipe.schemas.base import Contract
-from pydantic import Field, PositiveInt, StringConstraints, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, StringConstraints, model_validator
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=64)]
 NonEmpty = Annotated[str, StringConstraints(min_length=1)]
@@ -79,6 +79,23 @@ class RepeatedTokensConfig(Contract):
     """Seed of the generator; the same seed gives the same tokens everywhere."""
 
 
+class PrefixConfig(Contract):
+    """What stands before every model input: a system prompt, a header of examples. It is run once for all of them."""
+
+    text: NonEmpty | None = None
+    """The prefix as text; either this or `ids`. BOS comes before it as `prepend_bos` says."""
+    ids: tuple[NonNegativeInt, ...] | None = None
+    """The prefix as token ids, BOS included if it should have one."""
+    store: Literal["none", "once"] = "none"
+    """Whether its own rows are stored, once: then they come last, as the document `(prefix)`."""
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Self:
+        if (self.text is None) == (not self.ids):
+            raise ValueError("give exactly one of `text` and `ids`")
+        return self
+
+
 class StageConfig(Contract):
     """What every stage has."""
 
@@ -86,6 +103,11 @@ class StageConfig(Contract):
     """Name of the stage, under which its package registers it."""
     corpus: Name = "main"
     """Which corpus of the run the stage works on; `main` is the run folder itself, others are folders in it."""
+
+    @property
+    def reads(self) -> str:
+        """The corpus that holds what the stage needs."""
+        return self.corpus
 
 
 class TokenizeTextConfig(StageConfig):
@@ -110,6 +132,8 @@ class TokenizeTextConfig(StageConfig):
     """Windows start this many tokens apart; the overlap is context only and each token is stored once."""
     prepend_bos: bool | Literal["model"] = "model"
     """Start every model input with BOS; `model` does what TransformerLens does for this family."""
+    prefix: PrefixConfig | None = None
+    """Stands before every model input, at the cost of one run; counts in `context_length`."""
     min_document_tokens: Annotated[int, Field(ge=0)] = 0
     """Leave out documents with fewer tokens."""
     max_document_tokens: PositiveInt | None = None
@@ -140,6 +164,8 @@ class TokenizeTextConfig(StageConfig):
             )
         if self.compat != "none" and (self.layout != "packed" or self.synthetic is not None):
             raise ValueError("`compat` needs `layout: packed` and a `dataset`")
+        if self.prefix is not None and self.compat != "none":
+            raise ValueError("`prefix` and `compat` exclude each other")
         if self.compat_num_proc != 1 and self.compat == "none":
             raise ValueError("`compat_num_proc` needs `compat: tl2` or `tl3`")
         return self
@@ -153,6 +179,47 @@ class TokenizeTextConfig(StageConfig):
             )
         if self.compat != "none" and (self.min_document_tokens or self.max_document_tokens or self.max_tokens):
             raise ValueError("`compat` goes with `max_documents` only, not with limits counted in tokens")
+        return self
+
+
+class GenerateTextConfig(StageConfig):
+    """Settings of the stage `generate_text`: token table of prompts -> token table of prompts and continuations."""
+
+    stage: Literal["generate_text"] = "generate_text"
+    corpus: Name = "generated"
+    """The corpus to make: each model input of `prompts` with its continuation, as a document."""
+    prompts: Name = "main"
+    """The corpus whose model inputs are continued."""
+    max_new_tokens: PositiveInt
+    """Most tokens to add to each."""
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    """What logits are divided by before a token is drawn; 0 takes the most probable one."""
+    top_k: PositiveInt | None = None
+    """Draw among so many tokens only."""
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Draw among the fewest tokens whose probabilities sum to more than this."""
+    freq_penalty: float = 0.0
+    """What a token loses, in scaled logits, for each time that it stands before."""
+    stop_at_eos: bool = True
+    """End a continuation with EOS."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the draws; they depend on it, on the number of the prompt and on the step, and on nothing else."""
+    batch_tokens: PositiveInt = 8192
+    """Most tokens in one batch, prompts, continuations and padding together."""
+    prompt_tokens_per_part: PositiveInt = 65_536
+    """Tokens of prompts that are continued before what was generated is put on the disk."""
+
+    @property
+    def reads(self) -> str:
+        """The corpus of the prompts."""
+        return self.prompts
+
+    @model_validator(mode="after")
+    def _two_corpora(self) -> Self:
+        if self.corpus == self.prompts:
+            raise ValueError(
+                f"`corpus` and `prompts` are both {self.corpus!r}; continuations need a corpus of their own"
+            )
         return self
 
 
@@ -172,6 +239,8 @@ class ExtractActivationsConfig(StageConfig):
     """Rows per part: one chunk of every array, the least that one commit adds. `auto`: at most 65,536, even."""
     batch_tokens: PositiveInt = 8192
     """Most tokens in one forward pass, padding included; a longer sequence runs alone."""
+    chunk_tokens: PositiveInt | None = None
+    """Run longer model inputs in pieces of this many tokens, keys and values carried over, at bounded memory."""
     queue_bytes: PositiveInt = 256 * 2**20
     """Most bytes that wait for the disk before the forward pass waits too."""
     fsync: bool = True
@@ -243,6 +312,7 @@ class WriteReportConfig(StageConfig):
 
 BUILT_IN_STAGES: tuple[type[StageConfig], ...] = (
     TokenizeTextConfig,
+    GenerateTextConfig,
     ExtractActivationsConfig,
     SummarizeMetricsConfig,
     DecomposeResidualConfig,
@@ -253,6 +323,7 @@ BUILT_IN_STAGES: tuple[type[StageConfig], ...] = (
 
 AnyStage = Annotated[
     TokenizeTextConfig
+    | GenerateTextConfig
     | ExtractActivationsConfig
     | SummarizeMetricsConfig
     | DecomposeResidualConfig

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from actpipe.schemas.manifest import StoreManifest
-from actpipe.schemas.recipe import ExtractActivationsConfig, TokenizeTextConfig
+from actpipe.schemas.recipe import ExtractActivationsConfig
 
 from actpipe.errors import RecipeError
 from actpipe.extraction.estimate import estimate, row_bytes
@@ -14,6 +14,8 @@ from actpipe.extraction.layout import check_rows_per_part, plan_store
 from actpipe.extraction.proof import prove_hooks
 from actpipe.extraction.worker import ExtractionWorker
 from actpipe.hooks import ModelShape
+from actpipe.model_inputs import ModelInputs, inputs_of
+from actpipe.models.cache_proof import prove_cache
 from actpipe.models.loading import resolve_device
 from actpipe.planning import format_bytes, plan_parts
 from actpipe.records import Finding, Part
@@ -45,45 +47,44 @@ class ExtractActivations:
             if given_by := context.spec.hook_points[name].on_request:
                 how = f"store {given_by}, and z W_O gives it" if name.endswith("result") else f"{given_by} holds it"
                 raise RecipeError(f"{name} is never stored: {how}")
-        layout, context_length = self._sequences(context)
-        check_rows_per_part(self.config, layout, context_length)
+        inputs = inputs_of(context, self.config.corpus)
+        check_rows_per_part(self.config, inputs)
+        if inputs.n_prefix or self.config.chunk_tokens is not None:
+            self._check_pieces(context)
         if context.recipe.model.device_map is None and not is_complete(context.corpus(self.config)):
             resolve_device(context.recipe.model.device)
 
     def plan(self, context: RunContext) -> Finding:
         """Say what it will take: bytes, parts, memory, and time by running one batch."""
-        layout, context_length = self._sequences(context)
         n_rows = context.planned_rows[self.config.corpus]
-        manifest = plan_store(self.config, context.spec, n_rows=n_rows, context_length=context_length, layout=layout)
+        inputs = inputs_of(context, self.config.corpus)
+        manifest = plan_store(self.config, context.spec, n_rows=n_rows, inputs=inputs)
         return estimate(self.config, manifest, context.model)
 
     def run(self, context: RunContext) -> None:
         """Do every part that has no commit record; doing one twice changes nothing."""
         folder = context.corpus(self.config)
         tokens = TokenTable(folder).manifest
-        manifest = plan_store(
-            self.config,
-            context.spec,
-            n_rows=tokens.n_rows,
-            context_length=tokens.context_length,
-            layout=tokens.layout,
-        )
+        inputs = ModelInputs.of_table(tokens)
+        manifest = plan_store(self.config, context.spec, n_rows=tokens.n_rows, inputs=inputs)
         create_store(folder, manifest)
         missing = missing_parts(folder, plan_parts(manifest.n_rows, manifest.rows_per_part))
         rate = self._extract(context, folder, manifest, missing) if missing else None
         context.findings.append(_describe(ActivationStore(folder), rate))
 
-    def _sequences(self, context: RunContext) -> tuple[str, int]:
-        """Return layout and context length of the corpus, from the recipe or from what is there."""
-        tokenizing = context.settings_of(TokenizeTextConfig, self.config.corpus)
-        if tokenizing is not None:
-            layout = tokenizing.layout if tokenizing.compat == "none" else tokenizing.compat
-            return layout, tokenizing.context_length
-        tokens = TokenTable(context.corpus(self.config)).manifest
-        return tokens.layout, tokens.context_length
+    def _check_pieces(self, context: RunContext) -> None:
+        shape = context.spec.shape
+        if not shape.causal or shape.encoder_decoder:
+            raise RecipeError(
+                f"chunk_tokens: a {context.spec.anatomy.family.name} model's tokens see what follows them, so that a "
+                "sequence cannot be run piece by piece; leave it out"
+            )
 
     def _extract(self, context: RunContext, folder: RunFolder, manifest: StoreManifest, missing: list[Part]) -> float:
-        prove_hooks(context.model, TokenTable(folder), context.spec.select(self.config.hooks))
+        names = context.spec.select(self.config.hooks)
+        prove_hooks(context.model, TokenTable(folder), names)
+        if TokenTable(folder).manifest.prefix_ids or self.config.chunk_tokens is not None:
+            prove_cache(context.model, names)
         n_rows = sum(part.n_rows for part in missing)
         if n_rows < manifest.n_rows:
             context.telemetry.say(

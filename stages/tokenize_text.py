@@ -10,7 +10,9 @@ import pyarrow as pa
 from actpipe.schemas.manifest import TokenTableManifest
 from actpipe.schemas.recipe import TokenizeTextConfig
 
+from actpipe.describing import describe_tokens
 from actpipe.errors import ModelLoadError, RecipeError
+from actpipe.model_inputs import check_length, packing_of, prefix_ids, special_ids
 from actpipe.records import DocumentRow, DocumentStatus, Finding, Sequence, TokenizedDocument
 from actpipe.stage import RunContext
 from actpipe.stores.layout import RunFolder, sha256_of
@@ -18,8 +20,8 @@ from actpipe.stores.token_table import TokenTable, TokenTableWriter
 from actpipe.telemetry import Meter
 from actpipe.text.compat import Compat, compat_pad_id, tokenize_and_concatenate
 from actpipe.text.documents import Corpus, open_corpus
-from actpipe.text.packing import Packing, pack, split
-from actpipe.text.tokenizing import Tokenizing, check_template, frame_of, ordinary_ids, repeated_tokens, tokenize
+from actpipe.text.packing import pack, split, then_the_prefix
+from actpipe.text.tokenizing import Tokenizing, check_template, ordinary_ids, repeated_tokens, tokenize
 
 _PROBLEMS_NAMED = 5
 _SAMPLE_DOCUMENTS = 500
@@ -37,14 +39,9 @@ class TokenizeText:
 
     def check(self, context: RunContext) -> None:
         """Refuse a context that the model does not have, and a dataset that cannot be read."""
-        shape = context.spec.shape
-        if shape.learned_positions and self.config.context_length > shape.n_ctx:
-            raise RecipeError(
-                f"context_length ({self.config.context_length}) is above the {shape.n_ctx} positions "
-                f"that {context.spec.source.title} has learned"
-            )
+        check_length(context, self.config.context_length, what="context_length")
         if not TokenTable.exists(context.corpus(self.config)):
-            _special_ids(self.config, context)
+            packing_of(self.config, context)
             corpus = self._corpus(context)
             if corpus is not None and corpus.column_type == "messages":
                 assert self.config.dataset is not None
@@ -55,7 +52,7 @@ class TokenizeText:
         folder = context.corpus(self.config)
         if not TokenTable.exists(folder):
             self._write(context, folder)
-        context.findings.append(_describe(TokenTable(folder)))
+        context.findings.append(describe_tokens(TokenTable(folder)))
 
     def plan(self, context: RunContext) -> Finding:
         """Count tokens: exactly where the table is there, else from a sample of the documents."""
@@ -63,7 +60,7 @@ class TokenizeText:
         if TokenTable.exists(folder):
             table = TokenTable(folder)
             context.planned_rows[self.config.corpus] = table.manifest.n_rows
-            return _describe(table)
+            return describe_tokens(table)
         corpus = self._corpus(context)
         total = self._expected_documents(corpus) or (corpus.source.guess_length() if corpus else None)
         limit = min(_SAMPLE_DOCUMENTS, self.config.max_documents or _SAMPLE_DOCUMENTS)
@@ -121,7 +118,7 @@ class TokenizeText:
 
     def _records(self, corpus: Corpus | None, context: RunContext) -> Records:
         """Yield everything that the table is made of."""
-        bos_id, separator_id = _special_ids(self.config, context)
+        bos_id, _ = special_ids(self.config, context)
         if self.config.compat != "none":
             assert corpus is not None
             settings = Compat(
@@ -134,22 +131,11 @@ class TokenizeText:
             return tokenize_and_concatenate(
                 corpus.documents(self.config.max_documents), context.spec.tokenizer, settings
             )
-        packing = Packing(
-            context_length=self.config.context_length,
-            bos_id=bos_id,
-            separator_id=separator_id if self.config.layout == "packed" else None,
-            closing_id=separator_id if self.config.layout == "documents" else None,
-            stride=self._stride(bos_id),
-            max_rows=self.config.max_tokens,
-        )
+        packing = packing_of(self.config, context)
         arrange = pack if self.config.layout == "packed" else split
-        return arrange(self._tokenized(corpus, bos_id, packing.closing_id, context), packing)
-
-    def _stride(self, bos_id: int | None) -> int | None:
-        if self.config.overflow == "truncate":
-            return None
-        room = self.config.context_length - (bos_id is not None)
-        return min(room, self.config.stride or room)
+        records = arrange(self._tokenized(corpus, bos_id, packing.closing_id, context), packing)
+        stored = self.config.prefix is not None and self.config.prefix.store == "once"
+        return then_the_prefix(records, packing.prefix) if stored else records
 
     def _tokenized(
         self, corpus: Corpus | None, bos_id: int | None, closing_id: int | None, context: RunContext
@@ -184,7 +170,8 @@ class TokenizeText:
         self, context: RunContext, corpus: Corpus | None, writer: TokenTableWriter, problems: Mapping[str, list[str]]
     ) -> TokenTableManifest:
         config = self.config
-        bos_id, separator_id = _special_ids(config, context)
+        bos_id, separator_id = special_ids(config, context)
+        prefix = prefix_ids(config, context)
         return TokenTableManifest(
             layout=config.layout if config.compat == "none" else config.compat,
             context_length=config.context_length,
@@ -194,67 +181,15 @@ class TokenizeText:
             n_truncated=writer.n_truncated,
             status_counts=dict(writer.status_counts),
             first_problems={status: tuple(ids) for status, ids in problems.items()},
-            bos_id=bos_id,
+            bos_id=bos_id if prefix[:1] in ((), (bos_id,)) else None,
             separator_id=None if config.compat != "none" else separator_id,
             pad_id=None if config.compat == "none" else compat_pad_id(context.spec.tokenizer, config.compat),
+            prefix_ids=prefix,
             dataset="synthetic repeated tokens" if corpus is None else corpus.source.title,
             dataset_fingerprint=None if corpus is None else corpus.source.fingerprint,
             tokenizer_sha256=_keep_tokenizer(context, context.corpus(config)),
             checksums={},
         )
-
-
-def _special_ids(config: TokenizeTextConfig, context: RunContext) -> tuple[int | None, int | None]:
-    """Return the ids of BOS (for every sequence) and of the separator (after every document), or None.
-
-    Where there is no BOS token, EOS stands in for it, as in TransformerLens. An encoder's sequences stand
-    between what its tokenizer puts around a text.
-    """
-    if not context.spec.shape.causal:
-        return _frame(config, context)
-    try:
-        tokenizer = context.spec.tokenizer
-        bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    except ModelLoadError:
-        if config.dataset is None or config.dataset.column_type != "token_ids":
-            raise
-        bos, eos = context.spec.config.bos_token_id, context.spec.config.eos_token_id
-    eos = eos[0] if isinstance(eos, list) else eos
-    wanted = config.prepend_bos
-    if wanted == "model":
-        wanted = context.spec.anatomy.family.default_prepend_bos and (bos is not None or eos is not None)
-    if wanted and bos is None and eos is None:
-        raise RecipeError("prepend_bos: true, but this tokenizer has neither BOS nor EOS")
-    if config.layout == "packed" and eos is None:
-        raise RecipeError("the packed layout joins documents by EOS, which this tokenizer lacks; use layout: documents")
-    bos_id = (eos if bos is None else bos) if wanted else None
-    return bos_id, eos if config.layout == "packed" else None
-
-
-def _frame(config: TokenizeTextConfig, context: RunContext) -> tuple[int | None, int | None]:
-    """Return what stands before and after every sequence of an encoder."""
-    family = context.spec.anatomy.family.name
-    if config.layout == "packed":
-        raise RecipeError(
-            f"the packed layout joins documents, and in a {family} model every token sees both its sides; "
-            "use layout: documents"
-        )
-    try:
-        before, after = frame_of(context.spec.tokenizer)
-    except ModelLoadError:
-        if config.dataset is None or config.dataset.column_type != "token_ids":
-            raise
-        before = after = None
-    if config.prepend_bos is True and before is None and after is None:
-        raise RecipeError("prepend_bos: true, but this tokenizer puts nothing around a text")
-    if config.prepend_bos is False:
-        return None, None
-    if config.overflow == "windows" and after is not None:
-        raise RecipeError(
-            f"overflow: windows would put the closing token of a {family} model into the middle of documents; use "
-            "overflow: truncate, or prepend_bos: false for windows without special tokens"
-        )
-    return before, after
 
 
 def _note(record: DocumentRow, problems: dict[str, list[str]], meter: Meter) -> None:
@@ -277,18 +212,3 @@ def _keep_tokenizer(context: RunContext, folder: RunFolder) -> str | None:
         partial.replace(folder.tokenizer)
     definition = folder.tokenizer / "tokenizer.json"
     return sha256_of(definition) if definition.is_file() else None
-
-
-def _describe(table: TokenTable) -> Finding:
-    manifest = table.manifest
-    rows = [
-        ("documents", f"{manifest.n_documents:,}", ""),
-        ("sequences", f"{manifest.n_sequences:,}", f"{manifest.layout}, context {manifest.context_length}"),
-        ("tokens", f"{manifest.n_rows:,}", ""),
-    ]
-    if manifest.n_truncated:
-        rows.append(("truncated tokens", f"{manifest.n_truncated:,}", "of documents longer than what was taken"))
-    for status, ids in manifest.first_problems.items():
-        more = ", ..." if manifest.status_counts[status] > len(ids) else ""
-        rows.append((f"left out: {status}", f"{manifest.status_counts[status]:,}", f"ids {', '.join(ids)}{more}"))
-    return Finding(f"Corpus: {manifest.dataset}", ("", "count", ""), tuple(rows))

@@ -31,10 +31,16 @@ def peak_bytes(config: ExtractActivationsConfig, manifest: StoreManifest, model_
 
     The activations of a layer are counted twenty times d_model plus four times d_mlp in float32 (an
     expert's as four times d_model), scores and patterns three times over, what waits for the disk
-    once, logits three times.
+    once, logits three times, keys and values that are carried over once.
     """
     shape, context_length = manifest.shape, manifest.context_length
     batch_tokens = max(config.batch_tokens, context_length)
+    held = 2 * 4 * batch_tokens * sum(block.n_kv_heads * block.d_qk for block in shape.blocks)
+    if config.chunk_tokens is None:
+        held = 0
+    else:
+        n_sequences = max(1, batch_tokens // context_length)
+        batch_tokens = min(batch_tokens, n_sequences * config.chunk_tokens)
     d_mlp = max(block.d_mlp or 4 * shape.d_model * block.n_experts_per_token for block in shape.blocks)
     n_heads = max(block.n_heads for block in shape.blocks)
     layer = 4 * batch_tokens * (20 * shape.d_model + 4 * d_mlp)
@@ -44,14 +50,15 @@ def peak_bytes(config: ExtractActivationsConfig, manifest: StoreManifest, model_
     waiting = config.queue_bytes + 2 * largest * batch_tokens
     logits = 3 * 4 * max(LOGITS_AT_ONCE, shape.d_vocab) if config.metrics else 0
     sequences = 16 * manifest.rows_per_part
-    return _PROCESS_BYTES + model_bytes + layer + scores + waiting + logits + sequences
+    return _PROCESS_BYTES + model_bytes + layer + held + scores + waiting + logits + sequences
 
 
 def tokens_per_second(config: ExtractActivationsConfig, model: HookedModel, context_length: int) -> float:
     """Run one batch as the extraction will, without storing it, and return its speed (the better of two)."""
     names = [*model.select(config.hooks), *([UNEMBED_INPUT] if config.metrics else [])]
-    n_sequences = max(1, min(_TIMED_TOKENS, config.batch_tokens) // context_length)
-    ids = torch.zeros(n_sequences, context_length, dtype=torch.long, device=model.device)
+    length = min(context_length, config.chunk_tokens or context_length)
+    n_sequences = max(1, min(_TIMED_TOKENS, config.batch_tokens) // length)
+    ids = torch.zeros(n_sequences, length, dtype=torch.long, device=model.device)
     seconds = []
 
     def take(_: str, tensor: torch.Tensor) -> None:

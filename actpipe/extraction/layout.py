@@ -6,24 +6,28 @@ from dataclasses import asdict
 
 from actpipe.errors import RecipeError
 from actpipe.hooks import ModelShape
+from actpipe.model_inputs import ModelInputs
 from actpipe.models.hooked_model import ModelSpec
 from actpipe.planning import rows_per_part_for
 from actpipe.schemas.manifest import ArrayManifest, BlockRecord, ShapeRecord, StoreManifest
 from actpipe.schemas.recipe import ExtractActivationsConfig
 
 TOKEN_ARRAYS = {"input_ids": "int32", "position": "int32", "sequence": "int64"}
+GENERATED = {"generated": "bool"}
+"""Whether the model itself added the token; only where it added some."""
 
 
-def check_rows_per_part(config: ExtractActivationsConfig, layout: str, context_length: int) -> None:
+def check_rows_per_part(config: ExtractActivationsConfig, inputs: ModelInputs) -> None:
     """Refuse parts that would cut packed sequences, so that each would be run twice.
 
     Raises:
         RecipeError: Says both numbers.
     """
-    if config.rows_per_part != "auto" and layout == "packed" and config.rows_per_part % context_length:
+    if config.rows_per_part != "auto" and inputs.layout == "packed" and config.rows_per_part % inputs.n_rows:
+        less = f" less the prefix's {inputs.n_prefix}" if inputs.n_prefix else ""
         raise RecipeError(
-            f"rows_per_part ({config.rows_per_part}) is not a multiple of context_length ({context_length}): "
-            "packed sequences would be run twice"
+            f"rows_per_part ({config.rows_per_part}) is not a multiple of context_length ({inputs.context_length})"
+            f"{less}: packed sequences would be run twice"
         )
 
 
@@ -33,31 +37,29 @@ def record_shape(shape: ModelShape) -> ShapeRecord:
     return ShapeRecord(**{**asdict(shape), "blocks": blocks})
 
 
-def plan_store(
-    config: ExtractActivationsConfig, spec: ModelSpec, *, n_rows: int, context_length: int, layout: str
-) -> StoreManifest:
+def plan_store(config: ExtractActivationsConfig, spec: ModelSpec, *, n_rows: int, inputs: ModelInputs) -> StoreManifest:
     """Settle shapes, types and parts of everything that will be stored.
 
     Args:
         config: What to store.
         spec: The model.
         n_rows: Tokens of the corpus.
-        context_length: Its longest sequence.
-        layout: How documents became sequences: `packed`, `documents`, `tl2` or `tl3`.
+        inputs: Its sequences.
     """
-    check_rows_per_part(config, layout, context_length)
+    check_rows_per_part(config, inputs)
     rows_per_part = config.rows_per_part
     if rows_per_part == "auto":
-        rows_per_part = rows_per_part_for(n_rows, multiple_of=1 if layout == "documents" else context_length)
+        rows_per_part = rows_per_part_for(n_rows, multiple_of=1 if inputs.layout == "documents" else inputs.n_rows)
     dtype = spec.identity.dtype if config.dtype == "model" else config.dtype
-    arrays = [ArrayManifest(path=f"tokens/{n}", dtype=t, row_shape=(), axes=("row",)) for n, t in TOKEN_ARRAYS.items()]
+    columns = {**TOKEN_ARRAYS, **(GENERATED if inputs.generated else {})}
+    arrays = [ArrayManifest(path=f"tokens/{n}", dtype=t, row_shape=(), axes=("row",)) for n, t in columns.items()]
     for name in spec.select(config.hooks):
         point = spec.hook_points[name]
         arrays.append(
             ArrayManifest(
                 path=f"activations/{name}",
                 dtype="int32" if point.integer else dtype,
-                row_shape=point.row_shape(spec.shape, context_length),
+                row_shape=point.row_shape(spec.shape, inputs.context_length),
                 axes=("row", *point.axes),
             )
         )
@@ -69,7 +71,7 @@ def plan_store(
         corpus=config.corpus,
         n_rows=n_rows,
         rows_per_part=rows_per_part,
-        context_length=context_length,
+        context_length=inputs.context_length,
         convention=spec.convention,
         model=spec.identity,
         shape=record_shape(spec.shape),

@@ -15,11 +15,12 @@ import torch
 from actpipe.compute.casting import cast_rows
 from actpipe.compute.next_token import next_token_metrics
 from actpipe.errors import DtypeOverflowError
-from actpipe.extraction.layout import TOKEN_ARRAYS
+from actpipe.extraction.layout import GENERATED, TOKEN_ARRAYS
+from actpipe.models.caching import KeyValueCache
 from actpipe.models.capture import Capture
 from actpipe.models.hooked_model import HookedModel
 from actpipe.models.taps import UNEMBED_INPUT
-from actpipe.records import Batch, Part
+from actpipe.records import Batch, Part, Sequence
 from actpipe.schemas.manifest import StoreManifest
 from actpipe.schemas.recipe import ExtractActivationsConfig
 from actpipe.stores.layout import RunFolder
@@ -37,37 +38,69 @@ Runs = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
-class _Placement:
-    """Where the rows of one batch come from and go to."""
+class _Piece:
+    """Rows of one sequence that one pass computes."""
 
+    number: int
+    """Which sequence of the batch."""
+    sequence: Sequence
+    positions: range
+    """Positions in the sequence."""
+    first_row: int
+
+
+@dataclass(frozen=True)
+class _Placement:
+    """Where the rows of one pass come from and go to."""
+
+    pieces: tuple[_Piece, ...]
     keep: torch.Tensor | None
     """Flat indices into `(batch, position)` of the rows to store; None where that is all of them."""
-    runs: Runs
-    """Consecutive rows in the store: first row and how many."""
-    targets: torch.Tensor
-    """Id of the next token of each row, -1 where there is none."""
+
+    @property
+    def runs(self) -> Runs:
+        """Consecutive rows in the store: first row and how many."""
+        runs = list[tuple[int, int]]()
+        for piece in self.pieces:
+            if runs and sum(runs[-1]) == piece.first_row:
+                runs[-1] = (runs[-1][0], runs[-1][1] + len(piece.positions))
+            else:
+                runs.append((piece.first_row, len(piece.positions)))
+        return tuple(runs)
+
+    @property
+    def targets(self) -> torch.Tensor:
+        """Id of the next token of each row, -1 where there is none."""
+        targets = [np.append(piece.sequence.ids[1:], -1)[piece.positions] for piece in self.pieces]
+        return torch.from_numpy(np.concatenate(targets).astype(np.int64))
+
+    def tokens(self) -> dict[str, npt.NDArray[Any]]:
+        """Return what is known of each row before any pass."""
+        columns: dict[str, list[Any]] = {name: [] for name in (*TOKEN_ARRAYS, *GENERATED)}
+        for piece in self.pieces:
+            sequence, positions = piece.sequence, np.asarray(piece.positions)
+            columns["input_ids"].append(sequence.ids[positions])
+            columns["position"].append(positions)
+            columns["sequence"].append(np.full(len(positions), sequence.sequence))
+            columns["generated"].append(
+                positions >= (len(sequence.ids) if sequence.n_prompt is None else sequence.n_prompt)
+            )
+        return {name: np.concatenate(pieces) for name, pieces in columns.items()}
 
 
-def _place(batch: Batch, part: Part) -> _Placement:
-    keep, targets, runs = [], [], list[tuple[int, int]]()
+def _place(batch: Batch, part: Part, columns: range) -> _Placement:
+    """Say which rows of the part lie in some columns of a batch."""
+    pieces, keep = [], []
     for number, sequence in enumerate(batch.sequences):
-        first = max(sequence.first_row, part.row_start)
-        stop = min(sequence.row_stop, part.row_stop)
-        offset = sequence.n_context + first - sequence.first_row
-        positions = np.arange(offset, offset + stop - first)
-        keep.append(number * batch.width + positions)
-        targets.append(np.append(sequence.ids[1:], -1)[positions])
-        if runs and sum(runs[-1]) == first:
-            runs[-1] = (runs[-1][0], runs[-1][1] + stop - first)
-        else:
-            runs.append((first, stop - first))
-    indices = np.concatenate(keep)
-    everything = len(indices) == len(batch.sequences) * batch.width
-    return _Placement(
-        keep=None if everything else torch.from_numpy(indices),
-        runs=tuple(runs),
-        targets=torch.from_numpy(np.concatenate(targets).astype(np.int64)),
-    )
+        offset = sequence.n_context - sequence.first_row
+        start = max(max(sequence.first_row, part.row_start) + offset, columns.start)
+        stop = min(min(sequence.row_stop, part.row_stop) + offset, columns.stop)
+        if start < stop:
+            pieces.append(_Piece(number, sequence, range(start, stop), start - offset))
+            keep.append(number * len(columns) + np.arange(start, stop) - columns.start)
+    n_rows = sum(map(len, keep))
+    everything = n_rows == len(batch.sequences) * len(columns)
+    return _Placement(tuple(pieces), None if everything or not keep else torch.from_numpy(np.concatenate(keep)))
 
 
 class ExtractionWorker:
@@ -89,6 +122,7 @@ class ExtractionWorker:
         self._unfinished: set[PartWriter] = set()
         self._placement: _Placement
         self._normalized: torch.Tensor
+        self._prefix: KeyValueCache | None = None
 
     @classmethod
     @contextmanager
@@ -111,6 +145,7 @@ class ExtractionWorker:
             worker._writing = stack.enter_context(BackgroundWorker(lambda job: job(), config.queue_bytes))
             worker._capture = stack.enter_context(model.capture(names, worker._take, stop=True))
             stack.enter_context(torch.inference_mode())
+            worker._run_prefix()
             yield worker
 
     def __call__(self, part: Part) -> None:
@@ -118,9 +153,27 @@ class ExtractionWorker:
         sequences = list(self._tokens.read_sequences(part.row_start, part.row_stop))
         self._writer = PartWriter(self._folder, self._manifest, part, fsync=self._config.fsync)
         self._unfinished.add(self._writer)
-        for batch in make_batches(sequences, self._config.batch_tokens):
-            self._run(batch, part)
+        follows = [sequence for sequence in sequences if self._follows_prefix(sequence)]
+        for batch in make_batches(follows, self._config.batch_tokens):
+            self._run(batch, part, self._prefix)
+        others = [sequence for sequence in sequences if not self._follows_prefix(sequence)]
+        for batch in make_batches(others, self._config.batch_tokens):
+            self._run(batch, part, None)
         self._writing.put(partial(self._finish, self._writer), 0)
+
+    def _follows_prefix(self, sequence: Sequence) -> bool:
+        """Whether a sequence begins with the prefix; the prefix's own rows do not follow it."""
+        return self._prefix is not None and sequence.n_context >= self._prefix.n_tokens
+
+    def _run_prefix(self) -> None:
+        """Run what every sequence begins with, and keep its keys and values."""
+        ids = self._tokens.manifest.prefix_ids
+        if ids:
+            prefix = self._model.new_kv_cache()
+            self._placement = _Placement((), None)
+            inputs = {"input_ids": torch.tensor([ids], device=self._model.device)}
+            self._capture.run(**prefix.extend(inputs))
+            self._prefix = prefix
 
     def _finish(self, writer: PartWriter) -> None:
         writer.commit()
@@ -131,15 +184,29 @@ class ExtractionWorker:
         for writer in self._unfinished:
             writer.abandon()
 
-    def _run(self, batch: Batch, part: Part) -> None:
-        self._placement = _place(batch, part)
-        self._store_tokens(batch, part)
+    def _run(self, batch: Batch, part: Part, prefix: KeyValueCache | None) -> None:
+        """Run a batch, after the prefix if there is one, in one pass or in several."""
         padded = np.zeros((len(batch.sequences), batch.width), np.int64)
         for number, sequence in enumerate(batch.sequences):
             padded[number, : len(sequence.ids)] = sequence.ids
         ids = torch.from_numpy(padded)
         self._model.check_ids(ids)
-        self._capture.run(ids.to(self._model.device), **self._padding_of(batch))
+        inputs = {"input_ids": ids.to(self._model.device), **self._padding_of(batch)}
+        held = None if prefix is None else prefix.repeated(len(batch.sequences))
+        first = 0 if prefix is None else prefix.n_tokens
+        at_once = self._config.chunk_tokens or batch.width
+        if held is None and at_once < batch.width:
+            held = self._model.new_kv_cache()
+        for start in range(first, batch.width, at_once):
+            columns = range(start, min(start + at_once, batch.width))
+            self._placement = _place(batch, part, columns)
+            self._store_tokens()
+            here = {name: tensor[:, start : columns.stop] for name, tensor in inputs.items()}
+            self._capture.run(**(here if held is None else held.extend(here)))
+            if self._placement.pieces:
+                self._finish_pass()
+
+    def _finish_pass(self) -> None:
         if self._config.metrics:
             self._store_metrics(self._normalized)
         n_rows = sum(count for _, count in self._placement.runs)
@@ -155,6 +222,8 @@ class ExtractionWorker:
 
     def _take(self, name: str, tensor: torch.Tensor) -> None:
         """Store one activation of the batch; called inside the forward pass."""
+        if not self._placement.pieces:  # context alone: its rows are stored elsewhere
+            return
         rows = tensor.reshape(-1, *tensor.shape[2:])
         if self._placement.keep is not None:
             rows = rows.index_select(0, self._placement.keep.to(rows.device))
@@ -197,18 +266,14 @@ class ExtractionWorker:
         for metric in pieces[0]:
             self._store(f"metrics/{metric}", torch.cat([piece[metric] for piece in pieces]))
 
-    def _store_tokens(self, batch: Batch, part: Part) -> None:
-        """Store ids, positions and sequence numbers of the batch's rows."""
-        columns: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in TOKEN_ARRAYS}
-        for sequence in batch.sequences:
-            first = max(sequence.first_row, part.row_start)
-            offset = sequence.n_context + first - sequence.first_row
-            count = min(sequence.row_stop, part.row_stop) - first
-            columns["input_ids"].append(sequence.ids[offset : offset + count])
-            columns["position"].append(np.arange(offset, offset + count))
-            columns["sequence"].append(np.full(count, sequence.sequence))
-        for name, pieces in columns.items():
-            self._store(f"tokens/{name}", torch.from_numpy(np.concatenate(pieces).astype(TOKEN_ARRAYS[name])))
+    def _store_tokens(self) -> None:
+        """Store ids, positions and sequence numbers of the pass' rows."""
+        if not self._placement.pieces:
+            return
+        for name, values in self._placement.tokens().items():
+            array = self._arrays.get(f"tokens/{name}")
+            if array is not None:
+                self._store(array.path, torch.from_numpy(values.astype(array.dtype)))
 
     def _store(self, path: str, rows: torch.Tensor) -> None:
         data = rows.reshape(len(rows), -1).contiguous().cpu().view(torch.uint8).numpy()

@@ -38,11 +38,11 @@ def prove_cache(model: HookedModel, names: Iterable[str] = (), ids: torch.Tensor
             f"this {model.anatomy.family.name} model does not run with a cache of keys and values: {error}"
         ) from error
     for name, values in whole.items():
-        error = _difference(model, values, pieces[name])
-        if not error <= rounding(model):
+        off_by = _difference(model, values, pieces[name])
+        if not off_by <= rounding(model):
             raise UnsupportedModelError(
                 f"{name} of this {model.anatomy.family.name} model is not the same with a cache of keys and values: "
-                f"off by {error:.1e} of its size; leave out `prefix` and `chunk_tokens`, "
+                f"off by {off_by:.1e} of its size; leave out `prefix` and `chunk_tokens`, "
                 "and use_past_kv_cache=False to generate"
             )
 
@@ -52,7 +52,7 @@ def _in_pieces(
 ) -> dict[str, torch.Tensor]:
     caught: dict[str, list[torch.Tensor]] = {name: [] for name in names}
     rest = ids.shape[1] - sum(_PIECES)
-    for piece in ids.split([*_PIECES, rest] if rest > 0 else [ids.shape[1] - 1, 1], dim=1):
+    for piece in torch.split(ids, [*_PIECES, rest] if rest > 0 else [ids.shape[1] - 1, 1], dim=1):
         for name, values in model.run_with_cache(piece, names=names, past_kv_cache=cache)[1].items():
             caught[name].append(_padded(model, name, values, ids.shape[1]))
     axis = {name: 2 if model.hook_points[name].looks_at_keys else 1 for name in names}

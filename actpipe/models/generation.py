@@ -40,9 +40,18 @@ class Continuation:
 class GenerationMethods(PassMethods, ABC):
     """How a model continues prompts."""
 
+    @property
+    @abstractmethod
+    def eos_ids(self) -> tuple[int, ...]:
+        """What ends a text."""
+
     @abstractmethod
     def new_kv_cache(self) -> KeyValueCache:
         """Return an empty cache of keys and values."""
+
+    @abstractmethod
+    def unembed(self, normalized: torch.Tensor) -> torch.Tensor:
+        """Return the logits of what the unembedding multiplies."""
 
     @torch.no_grad()
     def generate(
@@ -71,7 +80,7 @@ class GenerationMethods(PassMethods, ABC):
             input: A text, texts, or token ids `(batch, position)`, padded on either side.
             max_new_tokens: Most tokens to add.
             stop_at_eos: Whether a sequence ends with EOS; shorter ones are filled up with it.
-            eos_token_id: What ends a sequence, one id or several; the tokenizer's EOS by default.
+            eos_token_id: What ends a sequence, one id or several; the model's own EOS by default.
             do_sample: Whether to draw; otherwise the most probable token is taken.
             top_k: Draw among so many tokens only.
             top_p: Draw among the fewest tokens whose probabilities sum to more than this.
@@ -105,7 +114,7 @@ class GenerationMethods(PassMethods, ABC):
             new = self.continue_prompts(prompts, how, on_step=bar.update)
         if return_type == "str" or (return_type == "input" and is_text(input)):
             whole = [np.concatenate(pair) for pair in zip(prompts, new, strict=True)]
-            texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in whole]
+            texts = [self.prompts.tokenizer.decode(ids, skip_special_tokens=True) for ids in whole]
             return texts[0] if isinstance(input, str) or len(texts) == 1 else texts
         filler = np.full(max(map(len, new)), stop_ids[0] if stop_ids else 0)
         whole = [np.concatenate([*pair, filler[len(pair[1]) :]]) for pair in zip(prompts, new, strict=True)]
@@ -158,11 +167,11 @@ class GenerationMethods(PassMethods, ABC):
         return [row[real] for row, real in zip(ids, mask, strict=True)]
 
     def _stop_ids(self, given: int | Sequence[int] | None) -> tuple[int, ...]:
-        if given is None:
-            given = self.tokenizer.eos_token_id
-        if given is None:
-            raise ValueError("this tokenizer has no EOS: give `eos_token_id`, or stop_at_eos=False")
-        return (given,) if isinstance(given, int) else tuple(given)
+        if given is not None:
+            return (given,) if isinstance(given, int) else tuple(given)
+        if not self.eos_ids:
+            raise ValueError("this model and its tokenizer have no EOS: give `eos_token_id`, or stop_at_eos=False")
+        return self.eos_ids
 
     def _check_prompts(self, prompts: Sequence[Ids], max_new_tokens: int) -> None:
         if not self.shape.causal or self.shape.encoder_decoder:

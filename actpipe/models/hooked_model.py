@@ -165,6 +165,13 @@ class HookedModel(GenerationMethods):
         """The model's tokenizer."""
         return load_tokenizer(self.source)
 
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """What ends a text, by the model's own settings for generation, or else by its tokenizer; maybe nothing."""
+        found = getattr(self.native.generation_config, "eos_token_id", None)
+        found = self.tokenizer.eos_token_id if found is None else found
+        return tuple(found) if isinstance(found, list | tuple) else () if found is None else (int(found),)
+
     @cached_property
     def prompts(self) -> Prompts:
         """The tokenizer as prompts need it."""

@@ -16,8 +16,8 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
 
 
 def fill_value(dtype: np.dtype[Any]) -> float | int:
-    """Return what a reader sees where no part is committed yet: NaN, or -1 in arrays of integers."""
-    return -1 if dtype.kind == "i" else float("nan")
+    """Return what a reader sees where no part is committed yet: NaN, or -1 in arrays of integers, False in flags."""
+    return {"i": -1, "b": False}.get(dtype.kind, float("nan"))
 
 
 def as_float32(array: npt.NDArray[Any]) -> npt.NDArray[np.float32]:

@@ -30,6 +30,8 @@ DOCUMENT_FIELDS = (
     pa.field("row_start", pa.int64()),
     pa.field("row_stop", pa.int64()),
 )
+OWN_COLUMNS = frozenset(field.name for field in DOCUMENT_FIELDS)
+"""Names that no column of the dataset may have."""
 SEQUENCE_SCHEMA = pa.schema(
     [
         pa.field("sequence", pa.int64(), nullable=False),
@@ -38,6 +40,7 @@ SEQUENCE_SCHEMA = pa.schema(
         pa.field("n_tokens", pa.int32(), nullable=False),
         pa.field("n_context", pa.int32(), nullable=False),
         pa.field("first_row", pa.int64(), nullable=False),
+        pa.field("n_prompt", pa.int32()),
         pa.field("input_ids", pa.list_(pa.int32()), nullable=False),
     ]
 )
@@ -148,6 +151,13 @@ class TokenTable:
                 if sequence.row_stop > row_start and sequence.first_row < stop:
                     yield sequence
 
+    @property
+    def stores_prefix(self) -> bool:
+        """Whether the last sequence is the prefix itself, which then has rows there."""
+        if not self.manifest.prefix_ids:
+            return False
+        return next(self.read_sequences(self.manifest.n_rows - 1)).n_context == 0
+
     def read_documents(self, columns: Iterable[str] | None = None) -> pa.Table:
         """Return documents.parquet, or some columns of it, as an Arrow table."""
         return pq.read_table(self.folder.documents, columns=None if columns is None else list(columns))
@@ -178,6 +188,7 @@ class TokenTable:
 
 def _sequences_of(table: pa.Table) -> Iterator[Sequence]:
     numbers = {name: table[name].to_numpy() for name in ("sequence", "document", "start", "n_context", "first_row")}
+    prompts = table["n_prompt"].to_pylist()
     lists = table["input_ids"].combine_chunks()
     offsets, flat = lists.offsets.to_numpy(), np.array(lists.values.to_numpy())  # a copy: Arrow's cannot be written
     for i in range(len(table)):
@@ -188,6 +199,7 @@ def _sequences_of(table: pa.Table) -> Iterator[Sequence]:
             n_context=int(numbers["n_context"][i]),
             first_row=int(numbers["first_row"][i]),
             ids=flat[offsets[i] : offsets[i + 1]],
+            n_prompt=prompts[i],
         )
 
 

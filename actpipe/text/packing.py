@@ -8,11 +8,14 @@ a token is in exactly one row, or it is counted as truncated.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from actpipe.records import DocumentRow, DocumentStatus, Sequence, TokenIds, TokenizedDocument
+
+PREFIX_ID = "(prefix)"
+"""Id of the document that holds the prefix's own rows."""
 
 
 @dataclass(frozen=True)
@@ -30,15 +33,29 @@ class Packing:
     """Stop after this many rows."""
     closing_id: int | None = None
     """Stands at the end of every sequence (documents layout only), if any."""
+    prefix: tuple[int, ...] = ()
+    """Stands before everything in every sequence, as context that has no rows there."""
 
     def __post_init__(self) -> None:
         if self.room < 1:
-            raise ValueError(f"context_length ({self.context_length}) leaves no room beside special tokens")
+            raise ValueError(
+                f"context_length ({self.context_length}) leaves no room beside special tokens"
+                + (f" and a prefix of {len(self.prefix)}" if self.prefix else "")
+            )
 
     @property
     def room(self) -> int:
         """Tokens of documents that fit into one sequence."""
-        return self.context_length - (self.bos_id is not None) - (self.closing_id is not None)
+        return self.context_length - len(self.prefix) - (self.bos_id is not None) - (self.closing_id is not None)
+
+    def with_windows(self, stride: int | None) -> Packing:
+        """Return the same, with windows so far apart, or as far as they may be."""
+        return replace(self, stride=min(self.room, stride or self.room))
+
+    @property
+    def first_ids(self) -> TokenIds:
+        """What every sequence begins with: the prefix and BOS."""
+        return np.concatenate([np.array(self.prefix, np.int32), one_or_none(self.bos_id)])
 
 
 def one_or_none(token_id: int | None) -> TokenIds:
@@ -77,7 +94,7 @@ class _Assembler:
 
     @property
     def _row(self) -> int:
-        return self._first_row + self._length
+        return self._first_row + self._length - (len(self._settings.prefix) if self._length else 0)
 
     @property
     def is_full(self) -> bool:
@@ -110,9 +127,10 @@ class _Assembler:
 
     def _open(self, document: int, start: int) -> None:
         self._first_token = (document, start)
-        if self._settings.bos_id is not None:
-            self._pieces.append(one_or_none(self._settings.bos_id))
-            self._length = 1
+        first = self._settings.first_ids
+        if len(first):
+            self._pieces.append(first)
+            self._length = len(first)
 
     def _close(self) -> Sequence:
         document, start = self._first_token
@@ -120,7 +138,7 @@ class _Assembler:
             sequence=self._sequence,
             document=document,
             start=start,
-            n_context=0,
+            n_context=len(self._settings.prefix),
             first_row=self._first_row,
             ids=np.concatenate(self._pieces),
         )
@@ -152,7 +170,9 @@ def split(documents: Iterable[TokenizedDocument], settings: Packing) -> Iterator
             room = len(ids) - n_context
             if settings.max_rows is not None:
                 room = min(room, settings.max_rows - row)
-            n_special = (settings.bos_id is not None and n_context == 0) + (settings.closing_id is not None)
+            n_special = (settings.bos_id is not None and n_context == len(settings.prefix)) + (
+                settings.closing_id is not None
+            )
             if room <= n_special:
                 break
             sequence = Sequence(
@@ -179,9 +199,9 @@ def _cut(ids: TokenIds, length: int, settings: Packing) -> TokenIds:
 
 def _windows(ids: TokenIds, settings: Packing) -> Iterator[tuple[int, int, TokenIds]]:
     """Yield (start of the new tokens in the document, tokens of context, ids of the whole input)."""
-    bos, closing = one_or_none(settings.bos_id), one_or_none(settings.closing_id)
-    room = settings.room
-    yield 0, 0, np.concatenate([bos, ids[:room], closing])
+    before, closing = settings.first_ids, one_or_none(settings.closing_id)
+    room, n_prefix = settings.room, len(settings.prefix)
+    yield 0, n_prefix, np.concatenate([before, ids[:room], closing])
     if settings.stride is None:
         return
     stored = min(room, len(ids))
@@ -190,8 +210,25 @@ def _windows(ids: TokenIds, settings: Packing) -> Iterator[tuple[int, int, Token
         first += settings.stride
         stop = min(first + room, len(ids))
         if stop > stored:
-            yield stored, len(bos) + stored - first, np.concatenate([bos, ids[first:stop], closing])
+            yield stored, len(before) + stored - first, np.concatenate([before, ids[first:stop], closing])
             stored = stop
+
+
+def then_the_prefix(
+    records: Iterable[DocumentRow | Sequence], prefix: tuple[int, ...]
+) -> Iterator[DocumentRow | Sequence]:
+    """Yield everything, and at the end the prefix as a document of its own, so that it has rows once."""
+    n_documents = n_sequences = n_rows = 0
+    for record in records:
+        if isinstance(record, DocumentRow):
+            n_documents += 1
+        else:
+            n_sequences, n_rows = n_sequences + 1, record.row_stop
+        yield record
+    ids = np.array(prefix, np.int32)
+    yield Sequence(sequence=n_sequences, document=n_documents, start=0, n_context=0, first_row=n_rows, ids=ids)
+    row_stop = n_rows + len(prefix)
+    yield DocumentRow(n_documents, PREFIX_ID, DocumentStatus.OK, len(prefix), 0, n_rows, row_stop)
 
 
 def _without_rows(document: TokenizedDocument) -> DocumentRow:
