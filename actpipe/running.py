@@ -304,7 +304,7 @@ def _check_against_record(folder: RunFolder, recipe: Recipe, model: ModelIdentit
 
 def _completed(kind: type[Contract], settings: Any) -> dict[str, Any]:
     """Fill in settings that did not exist when a run began, with what it did without them."""
-    return kind.model_validate(settings).model_dump(mode="json")
+    return kind.from_json(json.dumps(settings)).model_dump(mode="json")
 
 
 def _note_other_libraries(context: RunContext) -> None:

@@ -73,7 +73,7 @@ def test_sequences_in_pieces_after_a_prefix_are_those_of_one_pass(family, write_
     recipe = recipe_of(
         corpus, tmp_path / "model", {"context_length": 32, "prefix": {"ids": [7, 8, 9, 5]}}, chunk_tokens=7
     )
-    recipe["stages"][0]["dataset"]["column"] = "ids"
+    recipe["stages"][0]["dataset"] |= {"column": "ids", "column_type": "token_ids"}
     run(recipe, tmp_path / "run")
     assert_whole(tmp_path / "run", load(tmp_path / "model"))
 
@@ -122,10 +122,14 @@ def test_what_cannot_have_a_prefix_says_so(corpus, tmp_path):
     ):
         with pytest.raises(RecipeError, match=message):
             run(recipe_of(corpus, tokenize={"prefix": prefix}), tmp_path / "run")
+    bert = recipe_of(corpus, MODELS / "bert", {"context_length": 16}, hooks=["blocks.0.hook_resid_post"])
+    bert["stages"][0]["prefix"] = {"text": "a"}
     with pytest.raises(RecipeError, match="the tokens of a bert model see what follows"):
-        run(recipe_of(corpus, MODELS / "bert", {"prefix": {"text": "a"}, "context_length": 16}), tmp_path / "run")
+        run(bert, tmp_path / "run")
+    del bert["stages"][0]["prefix"]
+    bert["stages"][1]["chunk_tokens"] = 4
     with pytest.raises(RecipeError, match="chunk_tokens: a bert model's tokens see what follows"):
-        run(recipe_of(corpus, MODELS / "bert", {"context_length": 16}, chunk_tokens=4), tmp_path / "run")
+        run(bert, tmp_path / "run")
 
 
 def generating(corpus, **settings):
@@ -200,5 +204,5 @@ def test_prompts_that_leave_no_room_and_models_that_do_not_continue_are_refused(
     recipe["model"]["name"] = str(MODELS / "bert")
     with pytest.raises(RecipeError, match="a bert model does not continue a text"):
         run(recipe, tmp_path / "run")
-    with pytest.raises(RecipeError, match="what is made needs a corpus of its own"):
-        run(generating(corpus, corpus="main"), tmp_path / "run")
+    with pytest.raises(RecipeError, match="continuations need a corpus of their own"):
+        run(generating(corpus, prompts="generated"), tmp_path / "run")
