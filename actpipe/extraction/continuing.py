@@ -11,7 +11,7 @@ import pyarrow as pa
 from actpipe.compute.sampling import Sampling
 from actpipe.models.generation import Continuation
 from actpipe.models.hooked_model import HookedModel
-from actpipe.records import DocumentRow, DocumentStatus, Part, Sequence
+from actpipe.records import DocumentRow, DocumentStatus, Part, Sequence, TokenIds
 from actpipe.schemas.recipe import GenerateTextConfig
 from actpipe.stores.continuations import Continuations
 from actpipe.stores.token_table import OWN_COLUMNS, TokenTable
@@ -42,7 +42,7 @@ class GenerationWorker:
 
     def __call__(self, part: Part) -> None:
         """Continue every prompt of the part, and keep what was added."""
-        new = {}
+        new: dict[int, TokenIds] = {}
         for batch in make_batches(
             prompts_in(self.prompts, part), self.config.batch_tokens, n_more=self.config.max_new_tokens
         ):
