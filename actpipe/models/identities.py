@@ -84,7 +84,7 @@ def _evaluate(law: Law, probe: Probe) -> Outcome | None:
         error = _difference(left, right)
         if not error <= worst:
             worst, where = error, f"layer {layer}" if law.per_layer else "the whole model"
-    tolerance = 0.0 if law.exact else _rounding(probe.model)
+    tolerance = 0.0 if law.exact else max(_rounding(probe.model), law.least_tolerance)
     return Outcome(law.statement, law.kinds, worst, tolerance, where) if layers else None
 
 

@@ -40,7 +40,8 @@ def all_laws(model: HookedModel) -> Iterator[Law]:
     yield Law(
         "hooked logits = bare logits, bit for bit", (), lambda p, _: (p.logits, p.bare), per_layer=False, exact=True
     )
-    yield Law("a row does not depend on its batch or padding", (), _alone)
+    # Kernels round otherwise for another shape, and deep models make more of it from layer to layer.
+    yield Law("a row does not depend on its batch or padding", (), _alone, least_tolerance=1e-3)
 
 
 def _embedding_laws(model: HookedModel) -> Iterator[Law]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from actpipe.errors import UnsupportedModelError
 from actpipe.models.anatomy import language_config, told
 from actpipe.models.families.entry import Family, latent_size
 from actpipe.models.hooked_model import HookedModel
@@ -22,10 +21,8 @@ from actpipe.models.loading import ModelSource
 from actpipe.models.recognition.finding import BlockFinder, BlockParts
 from actpipe.models.recognition.values import Norm, as_norm, same
 from actpipe.models.recognition.watching import Attention, Call, record
-from actpipe.models.twins import WINDOW, build_twin
+from actpipe.models.twins import build_twin, refusal, twin_ids
 
-_LENGTH = 4 * WINDOW - 1
-"""Positions of the probe: more than any window or top-k of a twin, and no other size of it."""
 _STREAM = {"hook_resid_pre", "hook_resid_post", "hook_normalized_resid_post"}
 _HEADS = ["num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads", "attention_heads"]
 _KEY_HEADS = ["num_key_value_heads", "n_head_kv", "num_kv_heads", "kv_n_heads", "multi_query_group_num"]
@@ -40,14 +37,11 @@ def recognise(config: Any, *, trust_remote_code: bool = False) -> Family:
         UnsupportedModelError: There is no list of blocks in which each takes what the one before it gives.
     """
     twin = build_twin(config, trust_remote_code=trust_remote_code)
-    ids = torch.randint(2, 199, (2, _LENGTH), generator=torch.Generator().manual_seed(0))
+    ids = twin_ids()
     try:
         draft = _Draft(twin, ids).family()
     except (AttributeError, RuntimeError, ValueError, TypeError, IndexError) as error:
-        raise UnsupportedModelError(
-            f"no entry says where the parts of a {config.model_type!r} model are, and running a small one "
-            f"did not tell: {error}"
-        ) from error
+        raise refusal(config, "running a small one did not tell", str(error)) from error
     return prove(draft, twin, ids)
 
 
@@ -84,10 +78,8 @@ def _doubtful(model: HookedModel, outcomes: Sequence[Outcome]) -> Mapping[str, s
             continue
         suspects = [kind for kind in outcome.kinds if kind not in _STREAM]
         if not suspects:
-            raise UnsupportedModelError(
-                f"a {model.native.config.model_type!r} model has no entry, and by structure "
-                f"'{outcome.statement}' is off by {outcome.error:.0e} of its size"
-            )
+            reason = f"'{outcome.statement}' is off by {outcome.error:.0e} of its size"
+            raise refusal(model.native.config, "what a small one does contradicts what was found", reason)
         reason = f"'{outcome.statement}' does not hold"
         return dict.fromkeys([kind for kind in suspects if kind not in proven] or suspects, reason)
     extras = {kind for block in model.shape.blocks for kind, _ in block.others}
@@ -109,12 +101,11 @@ class _Draft:
 
     def family(self) -> Family:
         """Return the entry."""
-        found: dict[tuple[tuple[str, str], ...], tuple[BlockParts, Family]] = {}
+        found: dict[Hashable, tuple[BlockParts, Family]] = {}
         layers = []
         for block in self._blocks:
             inside = self._recording.inside(block)
-            kind = tuple(sorted({(re.sub(r"\b\d+\b", "N", c.path), type(c.module).__name__) for c in inside}))
-            kind = (*kind, ("window", str(getattr(block.module, "attention_type", ""))))
+            kind = _kind_of(block, inside)
             if kind not in found:
                 found[kind] = self._find_block(block, inside)
             layers.append(found[kind])
@@ -223,6 +214,18 @@ class _Draft:
             ):
                 return scale
         return lambda _: 1.0
+
+
+def _kind_of(block: Call, inside: Sequence[Call]) -> Hashable:
+    """Return what tells blocks apart that are not alike: what ran in them, with which parameters, under which mask."""
+    return str(getattr(block.module, "attention_type", "")), frozenset(
+        (
+            re.sub(r"\b\d+\b", "N", call.path),
+            type(call.module).__name__,
+            *((name, parameter.shape) for name, parameter in call.module.named_parameters(recurse=False)),
+        )
+        for call in inside
+    )
 
 
 def _is_chain(calls: Sequence[Call], shape: torch.Size) -> bool:
