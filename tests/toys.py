@@ -100,6 +100,7 @@ class ToyBlock(nn.Module):
         width = config.intermediate_size + (8 * layer if "wider in every layer" in config.ways else 0)
         self.norm1, self.norm2 = ToyNorm(config.hidden_size), ToyNorm(config.hidden_size)
         self.attention, self.mlp = ToyAttention(config, layer), ToyMLP(config.hidden_size, width)
+        self.side = nn.Linear(config.hidden_size, config.hidden_size) if "adds after its MLP" in self.ways else None
         n_more = 2 if "three MLPs" in config.ways else 0
         self.more = nn.ModuleList(ToyMLP(config.hidden_size, width) for _ in range(n_more))
 
@@ -113,6 +114,9 @@ class ToyBlock(nn.Module):
         mlp_out = self.mlp(self.norm2(mid))
         self.truth = {"hook_attn_out": attn_out, "hook_mlp_out": mlp_out, "hook_resid_mid": mid}
         after = mid + mlp_out
+        if self.side is not None:
+            self.truth["side.hook_out"] = self.side(after)
+            after = after + self.truth["side.hook_out"]
         for number, mlp in enumerate(self.more):
             self.truth[f"more.{number}.hook_out"] = mlp(self.norm2(after))
             after = after + self.truth[f"more.{number}.hook_out"]

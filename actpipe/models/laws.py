@@ -5,6 +5,7 @@ Every law computes one activation a second time, from other activations and the 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -14,6 +15,7 @@ from actpipe.models.encoder_laws import encoder_laws, sum_laws
 from actpipe.models.hooked_model import HookedModel
 from actpipe.models.law import Law, Sides
 from actpipe.models.probe import COPIES, Probe
+from actpipe.models.routing import of_chosen, shares
 
 
 def all_laws(model: HookedModel) -> Iterator[Law]:
@@ -71,7 +73,7 @@ def _stream_laws(model: HookedModel) -> Iterator[Law]:
             when=lambda block, after=after: block.post_norm == after,  # type: ignore[misc]
         )
     for branches in dict.fromkeys(block.branches for block in model.shape.blocks if block.branches):
-        before = tuple(name for name in branches if name != "hook_mlp_out")
+        before = tuple(itertools.takewhile(lambda name: name != "hook_mlp_out", branches))
         yield Law(
             f"resid_post = resid_pre + {' + '.join(map(_said, branches))}",
             ("hook_resid_pre", *branches, "hook_resid_post"),
@@ -211,6 +213,11 @@ def _mlp_laws(model: HookedModel) -> Iterator[Law]:
         ("mlp.hook_router_logits", "mlp.hook_expert_weights"),
         _expert_weights,
     )
+    yield Law(
+        "expert_weights of the chosen, up to a factor, are what the router gives",
+        ("mlp.hook_expert_weights",),
+        _routed,
+    )
     grouped = (getattr(model.anatomy.config, "n_group", None) or 1) > 1
     if not grouped:
         yield Law(
@@ -233,6 +240,12 @@ def _expert_weights(probe: Probe, layer: int) -> Sides:
     logits = probe.get(layer, "mlp.hook_router_logits")
     sigmoid = probe.model.anatomy.family_at(layer).router_scores == "sigmoid"
     return probe.get(layer, "mlp.hook_expert_weights"), logits.sigmoid() if sigmoid else logits.softmax(-1)
+
+
+def _routed(probe: Probe, layer: int) -> Sides:
+    _, given, indices = probe.routed[layer]
+    weights = probe.get(layer, "mlp.hook_expert_weights").flatten(0, 1)
+    return shares(weights.gather(-1, indices.long())), shares(of_chosen(given, indices))
 
 
 def _chosen(probe: Probe, layer: int) -> Sides:

@@ -145,7 +145,7 @@ def _set(config: Any, name: str, value: int) -> None:
 
 
 def shake(native: nn.Module) -> None:
-    """Give every parameter values that matter, so that no wrong reading goes unseen.
+    """Give every parameter, and every learned bias in a buffer, values that matter, so that no wrong reading is unseen.
 
     Libraries start norms at one, biases and gates at zero: a norm that was read wrong would look right.
     """
@@ -156,3 +156,6 @@ def shake(native: nn.Module) -> None:
             parameter.data.normal_(std=0.5 * parameter.shape[-1] ** -0.5 if "embed" not in name else 0.5)
         else:
             parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    for name, buffer in native.named_buffers():
+        if name.endswith("bias") and buffer.ndim == 1 and buffer.is_floating_point():
+            buffer.add_(torch.randn_like(buffer) * 0.1)

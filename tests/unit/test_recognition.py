@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from toys import ToyConfig
@@ -11,7 +13,7 @@ from actpipe.errors import UnsupportedModelError
 from actpipe.models.families import entry_for
 from actpipe.models.hooked_model import HookedModel
 from actpipe.models.loading import ModelSource
-from actpipe.models.recognition.recognising import recognise
+from actpipe.models.recognition.recognising import prove, recognise
 from actpipe.models.twins import WINDOW, build_twin, twin_ids
 
 SUM = {"hook_attn_out", "hook_mlp_out", "hook_resid_mid"}
@@ -71,6 +73,13 @@ def test_blocks_that_scale_the_stream_have_attention_and_no_sum():
     assert assert_true(model) >= ATTENTION
     assert not kinds(model) & SUM
     assert model.anatomy.family.withheld == {}
+
+
+def test_what_is_added_after_the_mlp_is_not_taken_for_it():
+    model = toy("adds after its MLP")
+
+    assert assert_true(model) == SUM | ATTENTION | {"mlp.hook_pre", "side.hook_out"}
+    assert model.shape.blocks[0].branches == ("hook_attn_out", "hook_mlp_out", "side.hook_out")
 
 
 def test_of_more_than_three_branches_each_goes_by_the_path_of_its_module():
@@ -139,7 +148,16 @@ def test_sparse_masks_are_in_the_pattern(model_type):
     assert {int((pattern > 0).sum(-1).max()) for pattern in cache.values()} == {WINDOW}
 
 
-TOLD = ["gpt2", "llama", "gpt_neox", "gemma2", "olmo2", "bloom", "mixtral", "cohere", "falcon", "granite"]
+@pytest.mark.parametrize(("model_type", "wrong"), [("deepseek_v3", "softmax"), ("qwen3_moe", "sigmoid")])
+def test_a_router_that_is_read_the_wrong_way_loses_its_weights(model_type, wrong):
+    config = AutoConfig.for_model(model_type, num_hidden_layers=2, first_k_dense_replace=1)
+    family = prove(replace(entry_for(config), router_scores=wrong), build_twin(config), twin_ids())
+
+    assert set(family.withheld) == {"mlp.hook_expert_weights", "mlp.hook_expert_indices"}
+
+
+TOLD = ["gpt2", "llama", "gpt_neox", "gemma2", "olmo", "olmo2", "bloom", "mixtral", "cohere", "falcon", "granite"]
+TOLD += ["deepseek_v3", "gpt_oss"]
 LESS = {"bloom": {"attn.hook_attn_scores"}}
 """Structure does not know ALiBi's slopes."""
 

@@ -24,6 +24,7 @@ from actpipe.models.recognition.values import (
     same_size,
 )
 from actpipe.models.recognition.watching import Attention, Call
+from actpipe.models.routing import of_chosen, shares
 
 _LAYOUTS: tuple[Layout, ...] = ("whole", "columns", "grouped", "codegen")
 
@@ -150,17 +151,20 @@ class BlockFinder:
             if mine is not None:
                 parts.attention_branch = mine.path
                 rest.remove(mine)
-        if rest and (len(branches) > 1 or _looks_like_mlp(rest[-1])):
-            parts.mlp_branch = rest.pop().path
+        mlp = _mlp_of(rest, alone=len(branches) == 1)
+        if mlp is not None:
+            parts.mlp_branch = mlp.path
+            rest.remove(mlp)
         if rest and parts.attention_branch is None:
             parts.mixer_branch = rest.pop(0).path
             parts.others["mixer.hook_out"] = parts.mixer_branch
         parts.others |= {f"{call.path}.hook_out": call.path for call in rest}
         if parts.mixer_branch is not None:
             self._find_projections_of_mixer(parts.mixer_branch)
-        before_mlp = [b for b in branches if b.path != parts.mlp_branch]
+        before_mlp = branches if mlp is None else branches[: branches.index(mlp)]
         self.mid = self.stream + parts.scale * sum(_shaped(b.output, self.stream) for b in before_mlp)
-        parts.parallel = bool(before_mlp and parts.mlp_branch) and not any(same(c.input, self.mid) for c in self.inside)
+        beside = mlp is not None and len(branches) > 1
+        parts.parallel = beside and not (before_mlp and any(same(c.input, self.mid) for c in self.inside))
         self._find_norms()
 
     def _find_projections_of_mixer(self, path: str) -> None:
@@ -367,10 +371,18 @@ class BlockFinder:
             if indices.is_floating_point() or logits.shape[-1] != weight.shape[0]:
                 continue
             self.parts.router = call.path
-            scores = call.outputs[1]
-            sigmoid = logits.float().sigmoid().gather(-1, indices)
-            self.parts.router_scores = "sigmoid" if same(scores, sigmoid) else "softmax"
+            sigmoid = logits.float().sigmoid().gather(-1, indices.long())
+            alike = same(shares(of_chosen(call.outputs[1], indices)), shares(sigmoid))
+            self.parts.router_scores = "sigmoid" if alike else "softmax"
             return
+
+
+def _mlp_of(branches: Sequence[Call], *, alone: bool) -> Call | None:
+    """Return the branch that is the block's MLP: the one that says so, or else the last; none where two say so."""
+    named = [branch for branch in branches if _looks_like_mlp(branch)]
+    if named or alone:
+        return named[0] if len(named) == 1 else None
+    return branches[-1] if branches else None
 
 
 def _looks_like_mlp(call: Call) -> bool:
