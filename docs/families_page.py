@@ -24,6 +24,8 @@ structure**, and only what the identities of `actpipe check` prove is offered. O
 identity is checked once more.
 """
 _LEGEND = """\
+## Columns
+
 - **adds up**: what each block adds to the residual stream, the sum being proven; where layers are not alike, each kind
   of layer. A dash: the block does something else than add, and only the stream itself and what is named beside it hold.
 - **attention**: what is proven inside. Queries and keys after rotary, `rot_q` and `rot_k`, are named only where
@@ -32,6 +34,21 @@ _LEGEND = """\
 - **withheld**: kinds of hook points that the architecture seems to have and that no identity proves. They are refused
   by name. `embed` is withheld where more than a table and positions makes up the first residual stream.
 """
+
+
+_OWN_CODE = """\
+## Models that bring their own code
+
+With `trust_remote_code`, structure is tried on what that code builds, as on any type without an entry. Old code may not
+run at all: that of the first Qwen calls `get_head_mask`, which transformers 5 no longer has. A stand-in with its layout
+is told whole; see `tests/qwen_stand_in.py`.
+"""
+
+_TABLES = {
+    "entry": ("Entries", ["type", "adds up", "attention", "MLP", "not proven", "by structure alone"]),
+    "structure": ("By structure", ["type", "adds up", "attention", "MLP", "withheld"]),
+    "none": ("Refused", ["type", "why"]),
+}
 
 
 def comparison(*, different: Sequence[str], missing: Sequence[str], more: Sequence[str]) -> str:
@@ -57,17 +74,11 @@ def line(finding: Finding) -> str:
 
 def page(found: Sequence[Finding], version: str) -> str:
     """Return the whole page."""
-    parts = [_TOP.format(version=version, counts=_counts(found)), "## Columns\n", _LEGEND]
-    heads = {
-        "entry": ("Entries", ["type", "adds up", "attention", "MLP", "not proven", "by structure alone"]),
-        "structure": ("By structure", ["type", "adds up", "attention", "MLP", "withheld"]),
-        "none": ("Refused", ["type", "why"]),
-    }
-    for route, (title, columns) in heads.items():
+    parts = [_TOP.format(version=version, counts=_counts(found)), _LEGEND]
+    for route, (title, columns) in _TABLES.items():
         rows = [line(finding) for finding in found if finding.route == route]
-        table = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}", *rows]
-        parts.append(f"\n## {title}\n\n" + "\n".join(table) + "\n")
-    return "".join([parts[0], "\n", parts[1], "\n", *parts[2:]])
+        parts.append("\n".join([f"## {title}\n", f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}", *rows, ""]))
+    return "\n".join([*parts, _OWN_CODE])
 
 
 def is_whole(finding: Finding) -> bool:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from qwen_stand_in import QwenConfig
 from toys import ToyConfig
 from transformers import AutoConfig
 
@@ -146,6 +147,17 @@ def test_sparse_masks_are_in_the_pattern(model_type):
 
     assert torch.equal(logits, model.native(twin_ids()).logits)
     assert {int((pattern > 0).sum(-1).max()) for pattern in cache.values()} == {WINDOW}
+
+
+def test_the_layout_of_the_first_qwen_is_told_whole():
+    model = recognised(QwenConfig())
+    family = model.anatomy.family
+
+    assert family.withheld == {}
+    assert kinds(model) >= SUM | ATTENTION | {"attn.hook_rot_q", "mlp.hook_pre", "mlp.hook_pre_linear", "mlp.hook_post"}
+    assert (family.v.module, family.v.layout, family.out) == ("attn.c_attn", "columns", "attn.c_proj")
+    assert (family.w_gate.module, family.w_in.module) == ("mlp.w2", "mlp.w1")
+    assert (family.blocks, family.embed, family.final_norm) == ("h", "wte", "ln_f")
 
 
 @pytest.mark.parametrize(("model_type", "wrong"), [("deepseek_v3", "softmax"), ("qwen3_moe", "sigmoid")])
