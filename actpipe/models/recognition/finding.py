@@ -12,7 +12,7 @@ import torch
 from actpipe.hooks import BlockShape
 from actpipe.models.families.entry import Layout, Projection
 from actpipe.models.families.fused import Part, split_heads
-from actpipe.models.recognition.branches import find_branches, flat_outputs, is_stream_sized, stream_sized
+from actpipe.models.recognition.branches import find_branches, flat_outputs, is_stream_sized, mlp_of, stream_sized
 from actpipe.models.recognition.values import (
     Norm,
     activated,
@@ -87,7 +87,7 @@ class BlockFinder:
         scales: Sequence[float],
     ) -> None:
         assert block.input is not None
-        self.stream = block.input
+        self.stream, self._class = block.input, type(block.module).__name__
         after = next(tensor for tensor in block.outputs if tensor.shape == self.stream.shape)
         self.added = after - self.stream
         self.inside = inside
@@ -151,7 +151,7 @@ class BlockFinder:
             if mine is not None:
                 parts.attention_branch = mine.path
                 rest.remove(mine)
-        mlp = _mlp_of(rest, alone=len(branches) == 1)
+        mlp = mlp_of(rest, self._class, alone=len(branches) == 1)
         if mlp is not None:
             parts.mlp_branch = mlp.path
             rest.remove(mlp)
@@ -375,19 +375,6 @@ class BlockFinder:
             alike = same(shares(of_chosen(call.outputs[1], indices)), shares(sigmoid))
             self.parts.router_scores = "sigmoid" if alike else "softmax"
             return
-
-
-def _mlp_of(branches: Sequence[Call], *, alone: bool) -> Call | None:
-    """Return the branch that is the block's MLP: the one that says so, or else the last; none where two say so."""
-    named = [branch for branch in branches if _looks_like_mlp(branch)]
-    if named or alone:
-        return named[0] if len(named) == 1 else None
-    return branches[-1] if branches else None
-
-
-def _looks_like_mlp(call: Call) -> bool:
-    title = f"{call.path} {type(call.module).__name__}".lower()
-    return any(word in title for word in ("mlp", "moe", "ffn", "feed_forward", "feedforward"))
 
 
 def _shaped(tensor: torch.Tensor | None, stream: torch.Tensor) -> torch.Tensor:
