@@ -20,6 +20,7 @@ class ToyConfig(PretrainedConfig):
     num_hidden_layers: int = 3
     num_attention_heads: int = 4
     num_key_value_heads: int = 2
+    other_num_key_value_heads: int = 4
     head_dim: int = 8
     intermediate_size: int = 48
     sliding_window: int = 6
@@ -51,6 +52,8 @@ class ToyAttention(nn.Module):
         super().__init__()
         self.config, self.layer, self.size = config, layer, config.head_dim
         n_heads, n_keys = config.num_attention_heads, config.num_key_value_heads
+        if "more key heads in one layer" in config.ways and layer == 1:
+            n_keys = config.other_num_key_value_heads
         self.q_proj = nn.Linear(config.hidden_size, n_heads * self.size)
         self.k_proj = nn.Linear(config.hidden_size, n_keys * self.size)
         self.v_proj = nn.Linear(config.hidden_size, n_keys * self.size)

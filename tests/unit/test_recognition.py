@@ -117,6 +117,13 @@ def test_layers_of_several_sizes_are_told_apart():
     assert [block.d_mlp for block in model.shape.blocks] == [48, 56, 64]
 
 
+def test_key_heads_that_only_one_layer_has_are_all_there():
+    model = toy("more key heads in one layer")
+
+    assert assert_true(model) == SUM | ATTENTION | {"mlp.hook_pre"}
+    assert [block.n_kv_heads for block in model.shape.blocks] == [2, 4, 2]
+
+
 def test_a_window_of_one_layer_is_in_its_pattern():
     model = toy("window in one layer")
     _, cache = model.run_with_cache(twin_ids(), names=["blocks.*.attn.hook_pattern"])

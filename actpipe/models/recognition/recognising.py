@@ -18,6 +18,7 @@ from actpipe.models.families.entry import Family, latent_size
 from actpipe.models.hooked_model import HookedModel
 from actpipe.models.identities import Outcome, check_identities, probe_ids
 from actpipe.models.loading import ModelSource
+from actpipe.models.probe import COPIES
 from actpipe.models.recognition.finding import BlockFinder, BlockParts
 from actpipe.models.recognition.values import Norm, as_norm, same
 from actpipe.models.recognition.watching import Attention, Call, record
@@ -72,7 +73,10 @@ def prove_loaded(model: HookedModel) -> Family:
 
 def _doubtful(model: HookedModel, outcomes: Sequence[Outcome]) -> Mapping[str, str]:
     """Return the kinds that cannot be offered, with the reason: those no other identity vouches for first."""
-    proven = {kind for outcome in outcomes if outcome.holds for kind in outcome.kinds}
+    proven = {(kind, layer) for o in outcomes if o.holds for kind in o.kinds for layer in o.layers}
+    points = model.hook_points.values()
+    copied = {kind for kind, _ in proven if kind in COPIES}  # of these one layer is tried
+    unproven = {point.kind for point in points if (point.kind, point.layer) not in proven} - copied
     for outcome in outcomes:
         if outcome.holds:
             continue
@@ -81,10 +85,9 @@ def _doubtful(model: HookedModel, outcomes: Sequence[Outcome]) -> Mapping[str, s
             reason = f"'{outcome.statement}' is off by {outcome.error:.0e} of its size"
             raise refusal(model.native.config, "what a small one does contradicts what was found", reason)
         reason = f"'{outcome.statement}' does not hold"
-        return dict.fromkeys([kind for kind in suspects if kind not in proven] or suspects, reason)
+        return dict.fromkeys([kind for kind in suspects if kind in unproven] or suspects, reason)
     extras = {kind for block in model.shape.blocks for kind, _ in block.others}
-    kinds = {point.kind for point in model.hook_points.values()}
-    return dict.fromkeys(sorted(kinds - proven - extras - _STREAM), "no identity reads it")
+    return dict.fromkeys(sorted(unproven - extras - _STREAM), "no identity reads it")
 
 
 class _Draft:
@@ -255,13 +258,18 @@ def _as_told(config: Any, names: Sequence[str], value: int | None) -> Number | N
 
 
 def _key_heads(config: Any, attention: Attention, heads: Number | None) -> Number | None:
-    said = _as_told(config, _KEY_HEADS, None)
-    n = attention.seen.key.shape[1]
-    if said is not None and n % int(said(config)) == 0:
-        return said
-    if heads is not None and n == int(heads(config)):
+    """Return where a configuration says the number of key heads, which a model may have repeated for its queries."""
+    keys = attention.seen.key
+    own = [name for name in config.to_dict() if name.endswith(tuple(_KEY_HEADS)) and name not in _KEY_HEADS]
+    for name in [*_KEY_HEADS, *own]:
+        said = told(config, name)
+        if said and keys.shape[1] % said == 0:
+            repeats = keys.shape[1] // said
+            if same(keys[:, ::repeats].repeat_interleave(repeats, dim=1), keys):
+                return _attribute(name)
+    if heads is not None and keys.shape[1] == int(heads(config)):
         return heads
-    return (lambda _: 1) if n == 1 else None
+    return (lambda _: 1) if keys.shape[1] == 1 else None
 
 
 def _numbers(config: Any) -> list[Number]:
