@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-slow test-quantised lint types check bench schemas clean
+.PHONY: demo test test-slow test-quantised lint types check bench families schemas clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed"'
@@ -39,6 +39,9 @@ check: lint types test
 bench: $(READY)   ## extraction and hooks against the bare model; takes about half an hour
 	$(BIN)/python benchmarks/extract.py
 	$(BIN)/python benchmarks/hooks.py
+
+families: $(READY)   ## try every architecture and write docs/families.md; takes some minutes
+	$(BIN)/python docs/survey.py
 
 schemas: $(READY)   ## write schemas/v1 from the models
 	$(BIN)/python -m actpipe.schemas.generate

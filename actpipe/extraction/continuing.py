@@ -50,7 +50,7 @@ class GenerationWorker:
             added = self.model.continue_prompts(
                 [sequence.ids for sequence in batch.sequences], self._how, numbers=numbers
             )
-            new.update(zip(numbers, added, strict=True))
+            new.update((number, new_ids.astype(np.int32)) for number, new_ids in zip(numbers, added, strict=True))
             self.meter.advance(len(numbers))
         self.pieces.write(part, {number: new[number] for number in sorted(new)})
 

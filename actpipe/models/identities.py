@@ -35,6 +35,8 @@ class Outcome:
     tolerance: float
     where: str
     """Where the largest difference was."""
+    layers: tuple[int | None, ...] = (None,)
+    """Blocks that it was checked in; None for what is not of a block."""
 
     @property
     def holds(self) -> bool:
@@ -84,8 +86,9 @@ def _evaluate(law: Law, probe: Probe) -> Outcome | None:
         error = difference(left, right)
         if not error <= worst:
             worst, where = error, f"layer {layer}" if law.per_layer else "the whole model"
-    tolerance = 0.0 if law.exact else rounding(probe.model)
-    return Outcome(law.statement, law.kinds, worst, tolerance, where) if layers else None
+    tolerance = 0.0 if law.exact else max(rounding(probe.model), law.least_tolerance)
+    checked = tuple(layers) if law.per_layer else (None,)
+    return Outcome(law.statement, law.kinds, worst, tolerance, where, checked) if layers else None
 
 
 def rounding(model: HookedModel) -> float:

@@ -23,4 +23,6 @@ class Law:
     sides: Callable[[Probe, int], tuple[torch.Tensor, torch.Tensor]]
     per_layer: bool = True
     exact: bool = False
+    least_tolerance: float = 0.0
+    """What rounding may make of it in any model, whatever the element type."""
     when: Callable[[BlockShape], bool] = lambda _: True

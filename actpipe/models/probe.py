@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 
+from actpipe.models.anatomy import find_part
 from actpipe.models.capture import uncompiled
 from actpipe.models.hooked_model import HookedModel
 
@@ -45,6 +48,21 @@ class Probe:
     def device(self) -> torch.device:
         """Where the activations are."""
         return next(iter(self.cache.values())).device
+
+    @cached_property
+    def routed(self) -> dict[int, tuple[torch.Tensor, ...]]:
+        """Everything that the router of each block gives, in one more forward pass."""
+        given: dict[int, tuple[torch.Tensor, ...]] = {}
+        anatomy = self.model.anatomy
+        with ExitStack() as stack:
+            stack.enter_context(uncompiled(self.model.native))
+            for layer in range(self.shape.n_layers):
+                router = find_part(anatomy.blocks[layer], anatomy.family_at(layer).router)
+                if router is not None:
+                    keep = partial(_keep, given, layer)
+                    stack.callback(router.register_forward_hook(keep).remove)
+            self.model.forward(self.ids, **self.others)
+        return given
 
     def name(self, layer: int, kind: str) -> str:
         """Return the name of an activation or a weight of one block."""
@@ -127,6 +145,10 @@ class Probe:
     def repeated(self, heads: torch.Tensor, layer: int) -> torch.Tensor:
         """Repeat key or value heads for the queries that share them."""
         return heads.repeat_interleave(self.shape.blocks[layer].n_heads // heads.shape[2], dim=2)
+
+
+def _keep(given: dict[int, Any], layer: int, _module: Any, _args: Any, output: Any) -> None:
+    given[layer] = output
 
 
 def other_inputs(model: HookedModel, ids: torch.Tensor) -> dict[str, Any]:

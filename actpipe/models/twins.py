@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from actpipe.errors import UnsupportedModelError
 from actpipe.models.anatomy import told
+from actpipe.models.model_class import auto_class
 
 WINDOW = 6
 """Windows, chunks and top-k of a twin; probes are longer."""
@@ -26,8 +27,8 @@ _SIZES = {
     "attention_hidden_size mamba_d_ssm",
     48: "intermediate_size ffn_dim n_inner d_ff dff ffn_hidden_size encoder_ffn_dim decoder_ffn_dim d_inner "
     "shared_intermediate_size dense_intermediate_size block_ff_dim",
-    32: "hidden_size d_model n_embd embed_dim dim emb_dim word_embed_proj_dim embedding_size lru_width hidden_dim "
-    "index_n_heads",
+    32: "hidden_size d_model n_embd embed_dim dim emb_dim word_embed_proj_dim embedding_size embedding_dim lru_width "
+    "hidden_dim index_n_heads",
     16: "moe_intermediate_size moe_ffn_hidden_size expert_ffn_hidden_size shared_expert_intermediate_size "
     "expert_intermediate_size kv_lora_rank moe_shared_expert_intermediate_size attention_head_dim",
     12: "q_lora_rank qk_head_dim",
@@ -62,16 +63,25 @@ def build_twin(config: Any, *, trust_remote_code: bool = False, seed: int = 0) -
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            native: PreTrainedModel = AutoModelForCausalLM.from_config(small, trust_remote_code=trust_remote_code)
+            native: PreTrainedModel = auto_class(small).from_config(small, trust_remote_code=trust_remote_code)
             native = native.float().eval().requires_grad_(False)
             shake(native)
     except Exception as error:  # whatever foreign code raises, the reason is what a user can act on
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UnsupportedModelError(
-            f"no entry says where the parts of a {config.model_type!r} model are, and no small model "
-            f"of this configuration can be built to find out: {reason}"
-        ) from error
+        raise refusal(config, "no small one of this configuration can be built to find out", reason) from error
     return native
+
+
+def twin_ids() -> torch.Tensor:
+    """Return ids to try a twin with: more positions than any window or top-k of it, and no other size of it."""
+    return torch.randint(2, _SMALL["vocab_size"], (2, 4 * WINDOW - 1), generator=torch.Generator().manual_seed(0))
+
+
+def refusal(config: Any, what: str, reason: str) -> UnsupportedModelError:
+    """Return the error of a model without an entry that its twin does not explain; the reason stands last."""
+    return UnsupportedModelError(
+        f"no entry says where the parts of a {config.model_type!r} model are, and {what}: {reason}"
+    )
 
 
 def shrink(config: Any) -> Any:
@@ -135,7 +145,7 @@ def _set(config: Any, name: str, value: int) -> None:
 
 
 def shake(native: nn.Module) -> None:
-    """Give every parameter values that matter, so that no wrong reading goes unseen.
+    """Give every parameter, and every learned bias in a buffer, values that matter, so that no wrong reading is unseen.
 
     Libraries start norms at one, biases and gates at zero: a norm that was read wrong would look right.
     """
@@ -146,3 +156,6 @@ def shake(native: nn.Module) -> None:
             parameter.data.normal_(std=0.5 * parameter.shape[-1] ** -0.5 if "embed" not in name else 0.5)
         else:
             parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    for name, buffer in native.named_buffers():
+        if name.endswith("bias") and buffer.ndim == 1 and buffer.is_floating_point():
+            buffer.add_(torch.randn_like(buffer) * 0.1)

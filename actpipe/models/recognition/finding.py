@@ -12,19 +12,19 @@ import torch
 from actpipe.hooks import BlockShape
 from actpipe.models.families.entry import Layout, Projection
 from actpipe.models.families.fused import Part, split_heads
+from actpipe.models.recognition.branches import find_branches, flat_outputs, is_stream_sized, mlp_of, stream_sized
 from actpipe.models.recognition.values import (
     Norm,
     activated,
     as_norm,
     is_linear,
     one_of,
-    pair_of,
     rotated,
     same,
     same_size,
-    three_of,
 )
 from actpipe.models.recognition.watching import Attention, Call
+from actpipe.models.routing import of_chosen, shares
 
 _LAYOUTS: tuple[Layout, ...] = ("whole", "columns", "grouped", "codegen")
 
@@ -87,7 +87,7 @@ class BlockFinder:
         scales: Sequence[float],
     ) -> None:
         assert block.input is not None
-        self.stream = block.input
+        self.stream, self._class = block.input, type(block.module).__name__
         after = next(tensor for tensor in block.outputs if tensor.shape == self.stream.shape)
         self.added = after - self.stream
         self.inside = inside
@@ -99,13 +99,13 @@ class BlockFinder:
     def find(self) -> BlockParts:
         """Find everything that can be found; what is not found is left out."""
         parts = self.parts
-        calls = _first_of_each([c for c in self.inside if self._is_stream_sized(c)])
-        self._find_branches(calls)
+        parts.branches, parts.scale = find_branches(self.inside, self.stream, self.added, self.scales)
         if parts.branches:
             self._find_roles()
         else:
-            self._find_norms_after_sums(calls)
+            self._find_norms_after_sums()
         if not parts.branches:
+            self._find_first_norm()
             self._find_attention(None)
             return parts
         self._find_attention(self._branch(parts.attention_branch))
@@ -114,21 +114,11 @@ class BlockFinder:
 
     # ---- what is added to the stream
 
-    def _find_branches(self, calls: Sequence[Call]) -> None:
-        values = torch.stack([self._flat(c) for c in calls]) if calls else torch.empty(0)
-        for scale in self.scales:
-            target = self.added.reshape(-1) / scale
-            for find in (one_of, pair_of, three_of):
-                found = find(values, target)
-                if found:
-                    self.parts.scale = scale
-                    self.parts.branches = sorted((calls[i] for i in found), key=lambda call: call.ended)
-                    return
-
-    def _find_norms_after_sums(self, calls: Sequence[Call]) -> None:
+    def _find_norms_after_sums(self) -> None:
         """Find `norm(norm(stream + attention) + MLP)`, the order of the first transformers."""
+        calls = stream_sized(self.inside, self.stream)
         norms = [(call, norm) for call in self.inside if (norm := as_norm(call)) is not None]
-        values = torch.stack([self._flat(c) for c in calls]) if calls else torch.empty(0)
+        values = flat_outputs(calls)
         last = next((call for call, _ in norms if same(call.output, self.stream + self.added)), None)
         for call, norm in norms if last is not None else ():
             assert last is not None
@@ -146,36 +136,35 @@ class BlockFinder:
                 self.mid = call.output
                 return
 
-    def _is_stream_sized(self, call: Call) -> bool:
-        out = call.output
-        return out is not None and out.numel() == self.stream.numel() and out.shape[-1] == self.stream.shape[-1]
-
-    def _flat(self, call: Call) -> torch.Tensor:
-        assert call.output is not None
-        return call.output.float().reshape(-1)
-
     def _branch(self, path: str | None) -> Call | None:
         return next((call for call in self.parts.branches if call.path == path), None)
 
     def _find_roles(self) -> None:
         parts, branches = self.parts, self.parts.branches
+        if len(branches) > 3:  # more than one attention or MLP: none of them is the block's own
+            parts.others = {f"{call.path}.hook_out": call.path for call in branches}
+            self._find_first_norm()
+            return
         rest = list(branches)
         if self.attention is not None:
             mine = next((b for b in branches if b.ended > self.attention.call.started), None)
             if mine is not None:
                 parts.attention_branch = mine.path
                 rest.remove(mine)
-        if rest and (len(branches) > 1 or _looks_like_mlp(rest[-1])):
-            parts.mlp_branch = rest.pop().path
+        mlp = mlp_of(rest, self._class, alone=len(branches) == 1)
+        if mlp is not None:
+            parts.mlp_branch = mlp.path
+            rest.remove(mlp)
         if rest and parts.attention_branch is None:
             parts.mixer_branch = rest.pop(0).path
             parts.others["mixer.hook_out"] = parts.mixer_branch
         parts.others |= {f"{call.path}.hook_out": call.path for call in rest}
         if parts.mixer_branch is not None:
             self._find_projections_of_mixer(parts.mixer_branch)
-        before_mlp = [b for b in branches if b.path != parts.mlp_branch]
-        self.mid = self.stream + parts.scale * sum(self._flat(b).reshape(self.stream.shape) for b in before_mlp)
-        parts.parallel = bool(before_mlp and parts.mlp_branch) and not any(same(c.input, self.mid) for c in self.inside)
+        before_mlp = branches if mlp is None else branches[: branches.index(mlp)]
+        self.mid = self.stream + parts.scale * sum(_shaped(b.output, self.stream) for b in before_mlp)
+        beside = mlp is not None and len(branches) > 1
+        parts.parallel = beside and not (before_mlp and any(same(c.input, self.mid) for c in self.inside))
         self._find_norms()
 
     def _find_projections_of_mixer(self, path: str) -> None:
@@ -188,15 +177,20 @@ class BlockFinder:
     def _has_positions(self, tensor: torch.Tensor | None) -> bool:
         return tensor is not None and tensor.ndim == 3 and tensor.shape[:2] == self.stream.shape[:2]
 
+    def _find_first_norm(self) -> list[Call]:
+        """Find what normalizes the block's input, and return every such norm."""
+        norms = [call for call in self.inside if as_norm(call) is not None]
+        reading = [c for c in norms if same(c.input, self.stream) and c.input.shape[-1] == self.stream.shape[-1]]  # type: ignore[union-attr]
+        if reading:
+            self.parts.norms["ln1"], self.parts.norm = reading[0].path, as_norm(reading[0])
+        return reading
+
     def _find_norms(self) -> None:
         parts = self.parts
         norms = [(call, norm) for call in self.inside if (norm := as_norm(call)) is not None]
-        width = self.stream.shape[-1]
-        reading = [(c, n) for c, n in norms if same(c.input, self.stream) and c.input.shape[-1] == width]  # type: ignore[union-attr]
-        if reading:
-            parts.norms["ln1"], parts.norm = reading[0][0].path, reading[0][1]
+        reading = self._find_first_norm()
         if parts.mlp_branch is not None and parts.parallel and reading:
-            parts.norms["ln2"] = reading[-1][0].path
+            parts.norms["ln2"] = reading[-1].path
         elif parts.mlp_branch is not None and not parts.parallel:
             second = [(c, n) for c, n in norms if same(c.input, self.mid)]
             if second:
@@ -330,7 +324,8 @@ class BlockFinder:
         wanted, branch = self._before_norm(parts.mlp_branch, "ln2_post"), self._branch(parts.mlp_branch)
         if wanted is None:
             return
-        parts.mlp = next((c.path for c in self.inside if self._is_stream_sized(c) and same(c.output, wanted)), None)
+        sized = [call for call in self.inside if is_stream_sized(call, self.stream)]
+        parts.mlp = next((call.path for call in sized if same(call.output, wanted)), None)
         given: torch.Tensor | None = self.stream if parts.parallel else self.mid
         if "ln2" in parts.norms and not parts.post_norm:
             given = self._output_of(parts.norms["ln2"])
@@ -376,21 +371,12 @@ class BlockFinder:
             if indices.is_floating_point() or logits.shape[-1] != weight.shape[0]:
                 continue
             self.parts.router = call.path
-            scores = call.outputs[1]
-            sigmoid = logits.float().sigmoid().gather(-1, indices)
-            self.parts.router_scores = "sigmoid" if same(scores, sigmoid) else "softmax"
+            sigmoid = logits.float().sigmoid().gather(-1, indices.long())
+            alike = same(shares(of_chosen(call.outputs[1], indices)), shares(sigmoid))
+            self.parts.router_scores = "sigmoid" if alike else "softmax"
             return
 
 
-def _looks_like_mlp(call: Call) -> bool:
-    title = f"{call.path} {type(call.module).__name__}".lower()
-    return any(word in title for word in ("mlp", "moe", "ffn", "feed_forward", "feedforward"))
-
-
-def _first_of_each(calls: Sequence[Call]) -> list[Call]:
-    """Return the outermost call of each value."""
-    kept: list[Call] = []
-    for call in calls:
-        if not any(same(call.output, other.output) for other in kept):
-            kept.append(call)
-    return kept
+def _shaped(tensor: torch.Tensor | None, stream: torch.Tensor) -> torch.Tensor:
+    assert tensor is not None
+    return tensor.float().reshape(stream.shape)

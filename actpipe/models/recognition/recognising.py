@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,19 +13,17 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from actpipe.errors import UnsupportedModelError
 from actpipe.models.anatomy import language_config, told
 from actpipe.models.families.entry import Family, latent_size
 from actpipe.models.hooked_model import HookedModel
 from actpipe.models.identities import Outcome, check_identities, probe_ids
 from actpipe.models.loading import ModelSource
+from actpipe.models.probe import COPIES
 from actpipe.models.recognition.finding import BlockFinder, BlockParts
 from actpipe.models.recognition.values import Norm, as_norm, same
 from actpipe.models.recognition.watching import Attention, Call, record
-from actpipe.models.twins import WINDOW, build_twin
+from actpipe.models.twins import build_twin, refusal, twin_ids
 
-_LENGTH = 4 * WINDOW - 1
-"""Positions of the probe: more than any window or top-k of a twin, and no other size of it."""
 _STREAM = {"hook_resid_pre", "hook_resid_post", "hook_normalized_resid_post"}
 _HEADS = ["num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads", "attention_heads"]
 _KEY_HEADS = ["num_key_value_heads", "n_head_kv", "num_kv_heads", "kv_n_heads", "multi_query_group_num"]
@@ -40,14 +38,11 @@ def recognise(config: Any, *, trust_remote_code: bool = False) -> Family:
         UnsupportedModelError: There is no list of blocks in which each takes what the one before it gives.
     """
     twin = build_twin(config, trust_remote_code=trust_remote_code)
-    ids = torch.randint(2, 199, (2, _LENGTH), generator=torch.Generator().manual_seed(0))
+    ids = twin_ids()
     try:
         draft = _Draft(twin, ids).family()
     except (AttributeError, RuntimeError, ValueError, TypeError, IndexError) as error:
-        raise UnsupportedModelError(
-            f"no entry says where the parts of a {config.model_type!r} model are, and running a small one "
-            f"did not tell: {error}"
-        ) from error
+        raise refusal(config, "running a small one did not tell", str(error)) from error
     return prove(draft, twin, ids)
 
 
@@ -78,21 +73,21 @@ def prove_loaded(model: HookedModel) -> Family:
 
 def _doubtful(model: HookedModel, outcomes: Sequence[Outcome]) -> Mapping[str, str]:
     """Return the kinds that cannot be offered, with the reason: those no other identity vouches for first."""
-    proven = {kind for outcome in outcomes if outcome.holds for kind in outcome.kinds}
+    proven = {(kind, layer) for o in outcomes if o.holds for kind in o.kinds for layer in o.layers}
+    points = model.hook_points.values()
+    copied = {kind for kind, _ in proven if kind in COPIES}  # of these one layer is tried
+    unproven = {point.kind for point in points if (point.kind, point.layer) not in proven} - copied
     for outcome in outcomes:
         if outcome.holds:
             continue
         suspects = [kind for kind in outcome.kinds if kind not in _STREAM]
         if not suspects:
-            raise UnsupportedModelError(
-                f"a {model.native.config.model_type!r} model has no entry, and by structure "
-                f"'{outcome.statement}' is off by {outcome.error:.0e} of its size"
-            )
+            reason = f"'{outcome.statement}' is off by {outcome.error:.0e} of its size"
+            raise refusal(model.native.config, "what a small one does contradicts what was found", reason)
         reason = f"'{outcome.statement}' does not hold"
-        return dict.fromkeys([kind for kind in suspects if kind not in proven] or suspects, reason)
+        return dict.fromkeys([kind for kind in suspects if kind in unproven] or suspects, reason)
     extras = {kind for block in model.shape.blocks for kind, _ in block.others}
-    kinds = {point.kind for point in model.hook_points.values()}
-    return dict.fromkeys(sorted(kinds - proven - extras - _STREAM), "no identity reads it")
+    return dict.fromkeys(sorted(unproven - extras - _STREAM), "no identity reads it")
 
 
 class _Draft:
@@ -109,12 +104,11 @@ class _Draft:
 
     def family(self) -> Family:
         """Return the entry."""
-        found: dict[tuple[tuple[str, str], ...], tuple[BlockParts, Family]] = {}
+        found: dict[Hashable, tuple[BlockParts, Family]] = {}
         layers = []
         for block in self._blocks:
             inside = self._recording.inside(block)
-            kind = tuple(sorted({(re.sub(r"\b\d+\b", "N", c.path), type(c.module).__name__) for c in inside}))
-            kind = (*kind, ("window", str(getattr(block.module, "attention_type", ""))))
+            kind = _kind_of(block, inside)
             if kind not in found:
                 found[kind] = self._find_block(block, inside)
             layers.append(found[kind])
@@ -225,6 +219,18 @@ class _Draft:
         return lambda _: 1.0
 
 
+def _kind_of(block: Call, inside: Sequence[Call]) -> Hashable:
+    """Return what tells blocks apart that are not alike: what ran in them, with which parameters, under which mask."""
+    return str(getattr(block.module, "attention_type", "")), frozenset(
+        (
+            re.sub(r"\b\d+\b", "N", call.path),
+            type(call.module).__name__,
+            *((name, parameter.shape) for name, parameter in call.module.named_parameters(recurse=False)),
+        )
+        for call in inside
+    )
+
+
 def _is_chain(calls: Sequence[Call], shape: torch.Size) -> bool:
     """Whether each call takes, bit for bit, what the one before it gave."""
     for call in calls:
@@ -252,13 +258,18 @@ def _as_told(config: Any, names: Sequence[str], value: int | None) -> Number | N
 
 
 def _key_heads(config: Any, attention: Attention, heads: Number | None) -> Number | None:
-    said = _as_told(config, _KEY_HEADS, None)
-    n = attention.seen.key.shape[1]
-    if said is not None and n % int(said(config)) == 0:
-        return said
-    if heads is not None and n == int(heads(config)):
+    """Return where a configuration says the number of key heads, which a model may have repeated for its queries."""
+    keys = attention.seen.key
+    own = [name for name in config.to_dict() if name.endswith(tuple(_KEY_HEADS)) and name not in _KEY_HEADS]
+    for name in [*_KEY_HEADS, *own]:
+        said = told(config, name)
+        if said and keys.shape[1] % said == 0:
+            repeats = keys.shape[1] // said
+            if same(keys[:, ::repeats].repeat_interleave(repeats, dim=1), keys):
+                return _attribute(name)
+    if heads is not None and keys.shape[1] == int(heads(config)):
         return heads
-    return (lambda _: 1) if n == 1 else None
+    return (lambda _: 1) if keys.shape[1] == 1 else None
 
 
 def _numbers(config: Any) -> list[Number]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,8 +32,7 @@ def same(left: torch.Tensor | None, right: torch.Tensor | None) -> bool:
     """Whether two tensors hold the same numbers in the same order, whatever their axes."""
     if left is None or right is None or left.numel() != right.numel() or left.numel() == 0:
         return False
-    left, right = left.float().reshape(-1), right.float().reshape(-1)
-    return bool((left - right).abs().max() <= TOLERANCE * right.abs().max().clamp_min(1e-6))
+    return _gap(left, right) <= TOLERANCE
 
 
 @dataclass(frozen=True)
@@ -55,16 +55,33 @@ def as_norm(call: Call) -> Norm | None:
     if weight is not None and weight.ndim != 1:
         return None
     said = any(hasattr(call.module, name) for name in ("eps", "variance_epsilon"))
-    for epsilon in (norm_epsilon(call.module),) if said else (1e-6, 1e-5, 1e-12, 1e-8):
-        for kind in ("RMS", "LN"):
-            wide = call.input.float()
-            wide = wide - wide.mean(-1, keepdim=True) if kind == "LN" else wide
-            wide = wide / (wide.square().mean(-1, keepdim=True) + epsilon).sqrt()
-            for offset in (0.0, 1.0):
-                scaled = wide if weight is None else wide * (weight.float() + offset)
-                if same(call.output, scaled if bias is None else scaled + bias.float()):
-                    return Norm(kind, offset, None if said else epsilon)
-    return None
+    epsilons = (norm_epsilon(call.module),) if said else (1e-6, 1e-5, 1e-12, 1e-8)
+    fits = [
+        (_gap(call.output, value), Norm(kind, offset, None if said else epsilon))
+        for epsilon in epsilons
+        for kind, offset, value in _normalized(call.input.float(), weight, bias, epsilon)
+    ]
+    gap, norm = min(fits, key=lambda fit: fit[0])
+    return norm if gap <= TOLERANCE else None
+
+
+def _normalized(
+    given: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, epsilon: float
+) -> Iterator[tuple[Literal["LN", "RMS"], float, torch.Tensor]]:
+    """Yield what each kind of norm makes of a tensor, and what it adds to its weight before."""
+    kinds: tuple[Literal["LN", "RMS"], ...] = ("RMS", "LN")
+    for kind in kinds:
+        wide = given - given.mean(-1, keepdim=True) if kind == "LN" else given
+        wide = wide / (wide.square().mean(-1, keepdim=True) + epsilon).sqrt()
+        for offset in (0.0, 1.0) if weight is not None else (0.0,):
+            scaled = wide if weight is None else wide * (weight.float() + offset)
+            yield kind, offset, scaled if bias is None else scaled + bias.float()
+
+
+def _gap(left: torch.Tensor, right: torch.Tensor) -> float:
+    """Return the largest difference, relative to the largest value."""
+    left, right = left.float().reshape(-1), right.float().reshape(-1)
+    return float((left - right).abs().max() / right.abs().max().clamp_min(1e-6))
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -122,8 +139,10 @@ def rotated(before: torch.Tensor, after: torch.Tensor) -> bool | None:
     """Return False where heads pass as they are or scaled, True where position rotates them, else None."""
     if same(before, after) or same(before * ((before * after).sum() / before.square().sum()), after):
         return False
-    lengths = same(before.norm(dim=-1), after.norm(dim=-1))
-    return True if lengths and same(before[:, 0].contiguous(), after[:, 0].contiguous()) else None
+    first, last = before[:, 0], after[:, 0]
+    factor = (first * last).sum() / first.square().sum()  # 1, or what YaRN multiplies with
+    lengths = same(before.norm(dim=-1) * factor, after.norm(dim=-1))
+    return True if lengths and same(first * factor, last) else None
 
 
 def activated(post: torch.Tensor, pre: torch.Tensor | None, linear: torch.Tensor | None = None) -> bool:
@@ -134,7 +153,8 @@ def activated(post: torch.Tensor, pre: torch.Tensor | None, linear: torch.Tensor
         if name not in ACT2FN:
             continue
         try:
-            expected = ACT2FN[name](pre.float())
+            with torch.no_grad():
+                expected = ACT2FN[name](pre.float())
         except Exception:  # noqa: BLE001  # some need a dtype or parameters of their own
             continue
         if same(post, expected if linear is None else expected * linear.float()):
