@@ -76,7 +76,8 @@ class GenerateText:
             context.telemetry.say(
                 f"continuing: {len(parts) - len(missing)} of {len(parts)} parts are generated already"
             )
-        with context.telemetry.progress(f"generate {self.config.corpus}", None, "prompts") as meter:
+        n_left = sum(part.n_rows for part in missing)
+        with context.telemetry.progress(f"generate {self.config.corpus}", n_left, "prompt tokens") as meter:
             worker = GenerationWorker(self.config, context.model, prompts, pieces, meter)
             context.engine.run_parts(missing, worker)
         writer = TokenTableWriter(folder, kept_columns(prompts))

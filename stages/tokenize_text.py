@@ -98,6 +98,8 @@ class TokenizeText:
         writer = TokenTableWriter(folder, columns)
         problems: dict[str, list[str]] = {}
         total = self._expected_documents(corpus)
+        if total is not None and self._stores_prefix:
+            total += 1
         with context.telemetry.progress(f"tokenize {self.config.corpus}", total, "documents") as meter:
             for record in self._records(corpus, context):
                 writer.add(record)
@@ -134,8 +136,11 @@ class TokenizeText:
         packing = packing_of(self.config, context)
         arrange = pack if self.config.layout == "packed" else split
         records = arrange(self._tokenized(corpus, bos_id, packing.closing_id, context), packing)
-        stored = self.config.prefix is not None and self.config.prefix.store == "once"
-        return then_the_prefix(records, packing.prefix) if stored else records
+        return then_the_prefix(records, packing.prefix) if self._stores_prefix else records
+
+    @property
+    def _stores_prefix(self) -> bool:
+        return self.config.prefix is not None and self.config.prefix.store == "once"
 
     def _tokenized(
         self, corpus: Corpus | None, bos_id: int | None, closing_id: int | None, context: RunContext

@@ -43,16 +43,18 @@ class GenerationWorker:
     def __call__(self, part: Part) -> None:
         """Continue every prompt of the part, and keep what was added."""
         new: dict[int, TokenIds] = {}
-        for batch in make_batches(
-            prompts_in(self.prompts, part), self.config.batch_tokens, n_more=self.config.max_new_tokens
-        ):
+        n_rows = 0
+        prompts = prompts_in(self.prompts, part)
+        for batch in make_batches(prompts, self.config.batch_tokens, n_more=self.config.max_new_tokens):
             numbers = [sequence.sequence for sequence in batch.sequences]
-            added = self.model.continue_prompts(
-                [sequence.ids for sequence in batch.sequences], self._how, numbers=numbers
-            )
+            ids = [sequence.ids for sequence in batch.sequences]
+            added = self.model.continue_prompts(ids, self._how, numbers=numbers)
             new.update((number, new_ids.astype(np.int32)) for number, new_ids in zip(numbers, added, strict=True))
-            self.meter.advance(len(numbers))
+            n_here = sum(min(sequence.row_stop, part.row_stop) - sequence.first_row for sequence in batch.sequences)
+            self.meter.advance(n_here)
+            n_rows += n_here
         self.pieces.write(part, {number: new[number] for number in sorted(new)})
+        self.meter.advance(part.n_rows - n_rows)  # the end of a prompt that began before, or the prefix
 
     @property
     def _how(self) -> Continuation:
