@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from actpipe.errors import ActpipeError as ActpipeError
+    from actpipe.feed.loader import ActivationLoader as ActivationLoader
     from actpipe.jobs.residual import decompose_resid as decompose_resid
     from actpipe.models.checkpoint import open_weights as open_weights
     from actpipe.models.hooked_model import HookedModel as HookedModel
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "ActivationLoader": "actpipe.feed.loader",
     "ActpipeError": "actpipe.errors",
     "HookedModel": "actpipe.models.hooked_model",
     "decompose_resid": "actpipe.jobs.residual",
@@ -30,6 +32,7 @@ _PUBLIC = {
 }
 
 __all__ = [
+    "ActivationLoader",
     "ActpipeError",
     "HookedModel",
     "__version__",

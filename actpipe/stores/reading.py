@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -21,6 +22,7 @@ from actpipe.stores.token_table import TokenTable
 from actpipe.stores.writing import chunk_path, committed_parts, read_manifest
 
 _OPEN_CHUNKS = 512
+_READ_TOGETHER_BYTES = 65_536
 
 
 def _map_chunk(path: Path, dtype: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
@@ -106,11 +108,40 @@ class StoredArray:
             wrong = wanted.min() if wanted.min() < 0 else wanted.max()
             raise IndexError(f"row {wrong} is not one of the {self.n_rows} rows of {self.manifest.path}")
         result = np.empty((len(wanted), *self.manifest.row_shape), self.dtype)
-        parts = wanted // self.rows_per_part
-        for part in np.unique(parts):
-            chosen = np.flatnonzero(parts == part)
-            result[chosen] = self.part(int(part))[wanted[chosen] - part * self.rows_per_part]
-        return result
+        order = np.argsort(wanted, kind="stable")
+        self.gather(wanted[order], result)
+        if (order[1:] > order[:-1]).all():
+            return result
+        unsorted = np.empty_like(result)
+        unsorted[order] = result
+        return unsorted
+
+    def gather(self, rows: npt.NDArray[np.int64], into: npt.NDArray[Any]) -> None:
+        """Read rows whose numbers ascend into an array of as many rows, part by part."""
+        if not len(rows):
+            return
+        parts = np.arange(rows[0] // self.rows_per_part, rows[-1] // self.rows_per_part + 1)
+        bounds = np.searchsorted(rows, np.append(parts, parts[-1] + 1) * self.rows_per_part)
+        for part, start, stop in zip(parts.tolist(), bounds[:-1], bounds[1:], strict=True):
+            if start < stop:
+                chunk, chosen = self.part(part), rows[start:stop] - part * self.rows_per_part
+                assert 0 <= chosen[0] <= chosen[-1] < len(chunk), "rows must ascend and be in the store"
+                np.take(chunk, chosen, axis=0, out=into[start:stop], mode="clip")  # other modes copy twice
+
+    def announce(self, rows: npt.NDArray[np.int64]) -> None:
+        """Let the operating system begin to read rows whose numbers ascend; only a hint."""
+        if not len(rows) or not hasattr(os, "posix_fadvise"):
+            return
+        parts = rows // self.rows_per_part
+        ends = np.flatnonzero((np.diff(rows) * self.row_bytes > _READ_TOGETHER_BYTES) | (np.diff(parts) > 0))
+        starts, stops = rows[np.append(0, ends + 1)], rows[np.append(ends, len(rows) - 1)] + 1
+        for part in np.unique(parts).tolist():
+            first_row = part * self.rows_per_part
+            here = slice(*np.searchsorted(starts, [first_row, first_row + self.rows_per_part]))
+            with (self.store / chunk_path(self.manifest, part)).open("rb") as file:
+                for start, stop in zip(starts[here].tolist(), stops[here].tolist(), strict=True):
+                    offset, length = (start - first_row) * self.row_bytes, (stop - start) * self.row_bytes
+                    os.posix_fadvise(file.fileno(), offset, length, os.POSIX_FADV_WILLNEED)
 
     def __getitem__(self, key: Any) -> npt.NDArray[Any]:
         """Index as numpy does: slices and row numbers on the first axis, anything numpy takes on the others."""
