@@ -76,7 +76,7 @@ class FeedSettings:
 
     def order(self, n_rows: int, epoch: int) -> Order:
         """Return the order of one epoch."""
-        return Order(self.shuffle, n_rows, self.block_rows, self.seed, epoch)
+        return Order(self.shuffle, n_rows, min(self.block_rows, n_rows), self.seed, epoch)
 
     def deal(self, n_rows: int, n_workers: int) -> Deal:
         """Return how the batches of an epoch are dealt out."""

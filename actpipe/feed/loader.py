@@ -102,22 +102,23 @@ class ActivationLoader(Feed):
     ) -> None:
         stores = open_stores(run, corpus, partial=partial)
         rank, world_size = this_rank(rank, world_size)
+        settings = FeedSettings(
+            batch_size=batch_size,
+            shuffle=shuffle,
+            seed=seed,
+            drop_last=drop_last,
+            block_rows=_block_rows(stores) if block_rows is None else block_rows,
+            buffer_rows=buffer_rows,
+            rank=rank,
+            world_size=world_size,
+        )
         selection = Selection(drop_special, split, validation_fraction, split_seed)
         sources = [Source(store, select_arrays(store, hooks), _select_rows(store, selection)) for store in stores]
         mixture = Mixture([len(source.rows) for source in sources], weights, seed if shuffle else None)
         self._labels = join_labels(labels, [store.tokens for store in stores] if labels else [])
         super().__init__(
             StoredRows(sources, mixture, self._labels),
-            FeedSettings(
-                batch_size=batch_size,
-                shuffle=shuffle,
-                seed=seed,
-                drop_last=drop_last,
-                block_rows=min(block_rows or _block_rows(stores), mixture.n_rows),
-                buffer_rows=buffer_rows,
-                rank=rank,
-                world_size=world_size,
-            ),
+            settings,
             Delivery.of(device, dtype, read_ahead=read_ahead, normalize=normalize),
             statistics=statistics,
             statistics_rows=statistics_rows,
