@@ -39,6 +39,12 @@ class RowSet:
         """Return the rows that stand at these places among those of the set, which ascend."""
         return self._first_rows[np.searchsorted(self._ends, indices, side="right")] + indices
 
+    def count_before(self, rows: Indices) -> Indices:
+        """Return how many rows of the set come before each of these."""
+        run = np.searchsorted(self._starts, rows, side="right") - 1
+        within = np.minimum(rows - self._first_rows[run], self._ends[run]) if len(self._ends) else 0 * rows
+        return np.where(run < 0, 0, within)
+
     @property
     def checksum(self) -> int:
         """A number that another set of rows has only by chance."""

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from feeding import POST, PRE, write_store
-from support import TEXTS, make_recipe, run
+from support import INDUCTION, TEXTS, make_recipe, run
 from torch.utils.data import DataLoader
 
-from actpipe import ActivationLoader, open_store
+from actpipe import ActivationLoader, HookedModel, LiveActivationLoader, open_store
 from actpipe.errors import (
     DatasetError,
     DtypeOverflowError,
@@ -296,3 +296,71 @@ class TestArguments:
             ActivationLoader(store, "blocks.0.hook_resid_pr")
         with pytest.raises(UnknownHookError, match="at least one array"):
             ActivationLoader(finished, [])
+
+
+@pytest.fixture(scope="module")
+def model():
+    return HookedModel.from_pretrained(str(INDUCTION), dtype="float32", device="cpu")
+
+
+class TestLive:
+    """The same batches without a store."""
+
+    NAMES = ("blocks.0.attn.hook_z", HOOK)
+
+    def live(self, model, run, **options):
+        return LiveActivationLoader(model, run, list(self.NAMES), 40, batch_tokens=70, **options)
+
+    def test_it_gives_the_rows_that_a_store_has(self, model, finished):
+        options = {"split": "train", "drop_special": True, "labels": ["line"]}
+        live = list(self.live(model, finished, buffer_rows=100, **options))
+        stored = list(ActivationLoader(finished, list(self.NAMES), 40, None, **options))
+        order = join(live).argsort()
+
+        assert join(live).tolist() != join(stored).tolist()
+        assert torch.equal(join(live)[order], join(stored))
+        assert torch.equal(join(live, "line")[order], join(stored, "line"))
+        for name in self.NAMES:
+            close = torch.isclose(join(live, name)[order], join(stored, name).float(), rtol=0.01, atol=0.01)
+            assert close.all()
+
+    def test_in_order_it_gives_rows_as_stored(self, model, finished):
+        rows = join(self.live(model, finished, shuffle=False)).tolist()
+
+        assert rows == list(range(open_store(finished).n_rows))
+
+    @pytest.mark.parametrize("world_size", [1, 2])
+    def test_it_resumes_with_the_same_batches(self, model, finished, world_size):
+        everything = []
+        for rank in range(world_size):
+            options = {"rank": rank, "world_size": world_size, "buffer_rows": 120, "normalize": "mean_norm"}
+            whole = self.live(model, finished, **options)
+            batches = list(whole)
+            everything += join(batches).tolist()
+            whole.set_epoch(0)
+            resumed = self.live(model, finished, statistics=whole.statistics, **options)
+            resumed.load_state_dict(whole.state_dict(batch=4))
+            rest = list(resumed)
+            assert len(rest) == len(batches) - 4
+            for ours, theirs in zip(rest, batches[4:], strict=True):
+                assert torch.equal(ours["row"], theirs["row"])
+                assert all(torch.equal(ours[name], theirs[name]) for name in self.NAMES)
+        assert sorted(everything) == list(range(open_store(finished).n_rows))
+
+    def test_windows_give_each_token_once(self, model, finished, tmp_path):
+        corpus = tmp_path / "corpus.jsonl"
+        corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+        recipe = make_recipe(corpus, hooks=[HOOK])
+        recipe["stages"][0] |= {"layout": "documents", "overflow": "windows", "context_length": 16}
+        run(recipe, tmp_path / "run")
+        (live,) = LiveActivationLoader(model, tmp_path / "run", HOOK, 10**4)
+        rows = live["row"].argsort()
+
+        stored = open_store(tmp_path / "run").array(HOOK).read(0, len(rows))
+        torch.testing.assert_close(live[HOOK][rows], torch.from_numpy(np.array(stored)), rtol=1e-4, atol=1e-4)
+
+    def test_what_has_no_fixed_size_or_no_process_is_refused(self, model, finished):
+        with pytest.raises(UnknownHookError, match="cannot be fed: its rows are as long as the text"):
+            LiveActivationLoader(model, finished, "blocks.0.attn.hook_pattern")
+        with pytest.raises(ValueError, match="leave out num_workers"):
+            list(DataLoader(self.live(model, finished), batch_size=None, num_workers=1))
