@@ -308,7 +308,7 @@ class Feed(IterableDataset[Rows]):
         rows = {name: tensor.to(self._delivery.device, non_blocking=True) for name, tensor in rows.items()}
         for name in self._reader.activation_names:
             dtype = self._delivery.dtype or rows[name].dtype
-            rows[name], n_lost = cast_rows(self._normalizer.normalize(name, rows[name]), dtype, clip=False)
+            rows[name], n_lost = cast_rows(self._normalizer.normalize_(name, rows[name]), dtype, clip=False)
             if n_lost:
                 raise DtypeOverflowError(f"{n_lost:,} values of {name} in one batch do not fit {dtype}; take another")
         return rows

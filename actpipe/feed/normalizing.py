@@ -76,16 +76,18 @@ class Normalizer:
 
     statistics: Statistics
 
-    def normalize(self, name: str, rows: torch.Tensor) -> torch.Tensor:
-        """Return rows of an array `(row, ...)` normalized; as they are where there are no statistics for it."""
+    def normalize_(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        """Return rows of an array `(row, ...)` normalized, in place if they are float32; untouched without statistics."""
         if name not in self.statistics:
             return rows
         known = {key: value.to(rows.device) for key, value in self.statistics[name].items()}
         rows = rows.float()
-        return (rows - known["mean"] if "mean" in known else rows) * known["scale"]
+        if "mean" in known:
+            rows -= known["mean"]
+        return rows.mul_(known["scale"])
 
     def denormalize(self, name: str, rows: torch.Tensor) -> torch.Tensor:
-        """Return what `normalize` made these rows of, in float32."""
+        """Return what `normalize_` made these rows of, in float32."""
         if name not in self.statistics:
             return rows
         known = {key: value.to(rows.device) for key, value in self.statistics[name].items()}

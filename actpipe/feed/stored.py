@@ -22,6 +22,10 @@ from actpipe.stores.dtypes import BFLOAT16
 from actpipe.stores.reading import ActivationStore, StoredArray
 
 
+_ROW_BITS = 48
+"""A source and a row in one number, to sort by both: 2^48 rows, 2^15 sources."""
+
+
 @dataclass(frozen=True)
 class Source:
     """One store: its arrays by the name they have in a batch, and the rows that are wanted."""
@@ -88,8 +92,8 @@ class StoredRows:
         for number in range(len(self._sources)):
             here = np.flatnonzero(source == number)
             rows[here] = self._sources[number].rows(within[here])
-        by_place = np.lexsort((rows, source))
-        source, rows = source[by_place], rows[by_place]
+        both = np.sort(source << _ROW_BITS | rows)
+        source, rows = both >> _ROW_BITS, both & (1 << _ROW_BITS) - 1
         bounds = np.linspace(0, len(rows), n_pieces + 1).astype(np.int64).tolist()
         pieces = [slice(start, stop) for start, stop in pairwise(bounds)]
         for piece in pieces:
