@@ -5,28 +5,29 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from queue import Full, Queue
-from threading import Event, Thread
+from queue import SimpleQueue
+from threading import Semaphore, Thread
 from types import TracebackType
 from typing import Generic, Self, TypeVar
 
 Item = TypeVar("Item")
-_POLL_SECONDS = 0.1
 
 
 class ReadAhead(AbstractContextManager["ReadAhead[Item]"], Iterator[Item], Generic[Item]):
-    """Goes through an iterator in a thread of its own, at most `depth` items ahead; an error comes out in its place.
+    """Goes through an iterator in a thread of its own; an error comes out in its place.
 
     Args:
         items: Used in that thread only.
-        depth: Most items that wait to be taken; 0 makes each when it is asked for, without a thread.
+        depth: Most items that are being made or wait to be taken; 0 makes each when it is asked for, without a
+            thread.
     """
 
     def __init__(self, items: Iterator[Item], depth: int) -> None:
         self._items = items
-        self._queue: Queue[tuple[Item | None, BaseException | None]] = Queue(max(depth, 1))
-        self._closed = Event()
+        self._queue: SimpleQueue[tuple[Item | None, BaseException | None]] = SimpleQueue()
+        self._room = Semaphore(depth)
         self._thread = Thread(target=self._work, name="actpipe-read-ahead", daemon=True) if depth else None
+        self.closed = False
         self.wait_seconds = 0.0
 
     def __enter__(self) -> Self:
@@ -44,7 +45,8 @@ class ReadAhead(AbstractContextManager["ReadAhead[Item]"], Iterator[Item], Gener
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._closed.set()
+        self.closed = True
+        self._room.release()
         if self._thread is not None:
             self._thread.join()
 
@@ -53,24 +55,13 @@ class ReadAhead(AbstractContextManager["ReadAhead[Item]"], Iterator[Item], Gener
         if error is not None:
             self._queue.put((None, error))  # nothing more comes: who asks again gets it again
             raise error
+        self._room.release()
         assert item is not None
         return item
 
     def _work(self) -> None:
         try:
-            for item in self._items:
-                if not self._put((item, None)):
-                    return
-            self._put((None, StopIteration()))
-        except BaseException as error:  # noqa: BLE001 - handed to the thread that takes the items
-            self._put((None, error))
-
-    def _put(self, entry: tuple[Item | None, BaseException | None]) -> bool:
-        """Wait for room; return whether anyone still wants items."""
-        while not self._closed.is_set():
-            try:
-                self._queue.put(entry, timeout=_POLL_SECONDS)
-            except Full:
-                continue
-            return True
-        return False
+            while self._room.acquire() and not self.closed:
+                self._queue.put((next(self._items), None))
+        except BaseException as error:  # noqa: BLE001 - handed to the thread that takes the items; the end, too
+            self._queue.put((None, error))

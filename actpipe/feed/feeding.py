@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
@@ -17,6 +18,7 @@ from actpipe.feed.ahead import ReadAhead
 from actpipe.feed.normalizing import NORMALIZATIONS, Normalize, Normalizer, Statistics, estimate_statistics
 from actpipe.feed.order import Deal, Group, Order, Shuffle
 from actpipe.feed.permutation import Indices, Permutation
+from actpipe.stores.dtypes import BFLOAT16
 
 Rows = dict[str, torch.Tensor]
 """Tensors by name; row `i` of each is the same token."""
@@ -46,8 +48,8 @@ class RowReader(Protocol):
     def allocate(self, n_rows: int, *, pinned: bool) -> Rows:
         """Return tensors for as many rows."""
 
-    def fill(self, order: Order, places: Indices, into: Rows, n_pieces: int) -> Iterator[None]:
-        """Read the rows at some places of an epoch, in any order that does not change, a piece at a time."""
+    def fill(self, order: Order, places: Indices, into: Rows) -> Iterator[None]:
+        """Read the rows at some places of an epoch, in any order that does not change; may be left at each yield."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,41 +266,42 @@ class Feed(IterableDataset[Rows]):
             yield from self._mixed(order, groups)
             return
         for group, _ in groups:
-            rows = self._allocate(group.n_rows)
-            for _ in self._reader.fill(order, np.arange(group.start, group.stop), rows, 1):
-                pass
-            yield rows
+            yield self._read(order, np.arange(group.start, group.stop), self._allocate(group.n_rows))
 
     def _mixed(self, order: Order, groups: Iterator[tuple[Group, int]]) -> Iterator[Rows]:
-        """Yield batches of rows drawn from a whole group; while one group goes out, the next comes in beside it."""
-        spare: list[Rows] = []
-        coming = self._open(order, next(groups, None), spare, 1)
-        while coming is not None:
-            for _ in coming.filling:
-                pass
-            group, first, rows = coming.group, coming.first, coming.rows
-            coming = self._open(order, next(groups, None), spare, group.n_batches)
-            mixed = Permutation(group.n_rows, order.seed, order.epoch, _MIX, group.first_batch)(np.arange(group.n_rows))
-            for number in range(first, group.n_batches):
-                chosen = torch.from_numpy(mixed[number * self._settings.batch_size :][: self._settings.batch_size])
-                batch = self._allocate(len(chosen))
-                for name, tensor in rows.items():
-                    torch.index_select(tensor[: group.n_rows], 0, chosen, out=batch[name])
-                yield batch
-                if coming is not None:
-                    next(coming.filling, None)
-            spare.append(rows)
+        """Yield batches of rows drawn from a whole group; while one group goes out, a thread reads the next."""
+        size = self._settings.batch_size
+        spare = [self._buffer() for _ in range(2)]
 
-    def _open(self, order: Order, entry: tuple[Group, int] | None, spare: list[Rows], n_pieces: int) -> _Coming | None:
-        """Begin to read a group, into a buffer that is free."""
-        if entry is None:
-            return None
-        group, first = entry
-        most = max(1, self._settings.buffer_rows // self._settings.batch_size) * self._settings.batch_size
-        rows = spare.pop() if spare else self._reader.allocate(min(most, self._reader.n_rows), pinned=False)
-        into = {name: tensor[: group.n_rows] for name, tensor in rows.items()}
-        places = np.arange(group.start, group.stop)
-        return _Coming(group, first, rows, self._reader.fill(order, places, into, n_pieces))
+        def read() -> Iterator[tuple[Group, int, Rows]]:
+            for group, first in groups:
+                rows = spare.pop()
+                into = {name: tensor[: group.n_rows] for name, tensor in rows.items()}
+                for _ in self._reader.fill(order, np.arange(group.start, group.stop), into):
+                    if coming.closed:
+                        return
+                yield group, first, rows
+
+        coming = ReadAhead(read(), 1)
+        with coming:
+            for group, first, rows in coming:
+                mixed = Permutation(group.n_rows, order.seed, order.epoch, _MIX, group.first_batch)
+                for number in range(first, group.n_batches):
+                    places = np.arange(number * size, min((number + 1) * size, group.n_rows))
+                    batch = self._allocate(len(places))
+                    _pick(rows, mixed(places), batch)
+                    yield batch
+                spare.append(rows)
+
+    def _buffer(self) -> Rows:
+        """Return tensors for the rows of the largest group."""
+        most = self._deal(n_workers=1).group_batches * self._settings.batch_size
+        return self._reader.allocate(min(most, self._reader.n_rows), pinned=False)
+
+    def _read(self, order: Order, places: Indices, into: Rows) -> Rows:
+        for _ in self._reader.fill(order, places, into):
+            pass
+        return into
 
     def _allocate(self, n_rows: int) -> Rows:
         return self._reader.allocate(n_rows, pinned=self._delivery.device.type == "cuda")
@@ -321,22 +324,23 @@ class Feed(IterableDataset[Rows]):
         def pieces() -> Iterator[Rows]:
             for start in range(0, min(n_rows, total), _SAMPLE_AT_ONCE):
                 places = np.arange(start, min(start + _SAMPLE_AT_ONCE, n_rows, total))
-                rows = self._reader.allocate(len(places), pinned=False)
-                for _ in self._reader.fill(order, places, rows, 1):
-                    pass
+                rows = self._read(order, places, self._reader.allocate(len(places), pinned=False))
                 yield {name: rows[name] for name in self._reader.activation_names}
 
         return estimate_statistics(self._delivery.normalize, pieces())
 
 
-@dataclass(frozen=True)
-class _Coming:
-    """A group that is being read, and the number of the first of its batches that is wanted."""
+def as_numpy(tensor: torch.Tensor) -> npt.NDArray[Any]:
+    """Return the same memory as numpy sees it, bfloat16 too."""
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(BFLOAT16)
+    array: npt.NDArray[Any] = tensor.numpy()
+    return array
 
-    group: Group
-    first: int
-    rows: Rows
-    filling: Iterator[None]
+
+def _pick(rows: Rows, chosen: Indices, into: Rows) -> None:
+    for name, tensor in rows.items():
+        np.take(as_numpy(tensor), chosen, axis=0, out=as_numpy(into[name]), mode="clip")
 
 
 def _after(groups: Iterator[Group], n_batches: int) -> Iterator[tuple[Group, int]]:

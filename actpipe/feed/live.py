@@ -123,9 +123,8 @@ class LiveRows:
             for name, (shape, dtype) in shapes.items()
         }
 
-    def fill(self, order: Order, places: Indices, into: Rows, n_pieces: int) -> Iterator[None]:
-        """Compute the rows at consecutive places of an epoch, one forward pass a piece."""
-        del n_pieces
+    def fill(self, order: Order, places: Indices, into: Rows) -> Iterator[None]:
+        """Compute the rows at consecutive places of an epoch with a yield after each forward pass."""
         wanted = dict(self._stretch(order, int(places[0]), len(places)))
         for batch in self._run([self._tokens.sequence(number) for number in wanted]):
             for sequence, activations in batch:

@@ -77,7 +77,7 @@ class Normalizer:
     statistics: Statistics
 
     def normalize_(self, name: str, rows: torch.Tensor) -> torch.Tensor:
-        """Return rows of an array `(row, ...)` normalized, in place if they are float32; untouched without statistics."""
+        """Return rows `(row, ...)` of an array normalized, float32 in place; as they are without statistics."""
         if name not in self.statistics:
             return rows
         known = {key: value.to(rows.device) for key, value in self.statistics[name].items()}

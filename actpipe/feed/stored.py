@@ -8,20 +8,18 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from actpipe.errors import StoreMismatchError
 from actpipe.feed.documents import Labels
-from actpipe.feed.feeding import Rows
+from actpipe.feed.feeding import Rows, as_numpy
 from actpipe.feed.mixing import Mixture
 from actpipe.feed.order import Order
 from actpipe.feed.permutation import Indices
 from actpipe.feed.selection import RowSet
-from actpipe.stores.dtypes import BFLOAT16
 from actpipe.stores.reading import ActivationStore, StoredArray
 
-
+_ROWS_AT_ONCE = 16_384
 _ROW_BITS = 48
 """A source and a row in one number, to sort by both: 2^48 rows, 2^15 sources."""
 
@@ -85,8 +83,8 @@ class StoredRows:
             single["source"] = torch.int64
         return rows | {name: torch.empty(n_rows, dtype=dtype, pin_memory=pinned) for name, dtype in single.items()}
 
-    def fill(self, order: Order, places: Indices, into: Rows, n_pieces: int) -> Iterator[None]:
-        """Read the rows at these places of an epoch, in the order of the stores, a piece at a time."""
+    def fill(self, order: Order, places: Indices, into: Rows) -> Iterator[None]:
+        """Read the rows at these places of an epoch, in the order of the stores."""
         source, within = self._mixture.locate(order(places), order.epoch)
         rows = np.empty_like(within)
         for number in range(len(self._sources)):
@@ -94,11 +92,8 @@ class StoredRows:
             rows[here] = self._sources[number].rows(within[here])
         both = np.sort(source << _ROW_BITS | rows)
         source, rows = both >> _ROW_BITS, both & (1 << _ROW_BITS) - 1
-        bounds = np.linspace(0, len(rows), n_pieces + 1).astype(np.int64).tolist()
-        pieces = [slice(start, stop) for start, stop in pairwise(bounds)]
-        for piece in pieces:
-            if order.shuffle == "blocks":
-                self._announce(source[piece], rows[piece])
+        for start in range(0, len(rows), _ROWS_AT_ONCE):
+            piece = slice(start, start + _ROWS_AT_ONCE)
             self._read(source[piece], rows[piece], {name: tensor[piece] for name, tensor in into.items()})
             yield
 
@@ -109,15 +104,10 @@ class StoredRows:
             if start < stop:
                 yield number, slice(start, stop)
 
-    def _announce(self, source: Indices, rows: Indices) -> None:
-        for number, here in self._of_sources(source):
-            for array in self._sources[number].arrays.values():
-                array.announce(rows[here])
-
     def _read(self, source: Indices, rows: Indices, into: Rows) -> None:
         for number, here in self._of_sources(source):
             for name, array in self._sources[number].arrays.items():
-                array.gather(rows[here], _as_numpy(into[name])[here])
+                array.gather(rows[here], as_numpy(into[name])[here])
             for name, label in self._labels.items():
                 into[name][here] = label.of_rows(number, rows[here])
         into["row"][:] = torch.from_numpy(rows)
@@ -137,11 +127,3 @@ def _check_same(name: str, first: StoredArray, other: StoredArray, store: Activa
 def _torch_dtype(array: StoredArray) -> torch.dtype:
     dtype: torch.dtype = getattr(torch, array.dtype.name)
     return dtype
-
-
-def _as_numpy(tensor: torch.Tensor) -> npt.NDArray[Any]:
-    """Return the same memory as numpy sees it, bfloat16 too."""
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(BFLOAT16)
-    array: npt.NDArray[Any] = tensor.numpy()
-    return array
