@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from actpipe.errors import ActpipeError as ActpipeError
+    from actpipe.feed.loader import ActivationLoader as ActivationLoader
     from actpipe.jobs.residual import decompose_resid as decompose_resid
+    from actpipe.live import LiveActivationLoader as LiveActivationLoader
     from actpipe.models.checkpoint import open_weights as open_weights
     from actpipe.models.hooked_model import HookedModel as HookedModel
     from actpipe.opening import open_results as open_results
@@ -20,8 +22,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "ActivationLoader": "actpipe.feed.loader",
     "ActpipeError": "actpipe.errors",
     "HookedModel": "actpipe.models.hooked_model",
+    "LiveActivationLoader": "actpipe.live",
     "decompose_resid": "actpipe.jobs.residual",
     "open_results": "actpipe.opening",
     "open_store": "actpipe.opening",
@@ -30,8 +34,10 @@ _PUBLIC = {
 }
 
 __all__ = [
+    "ActivationLoader",
     "ActpipeError",
     "HookedModel",
+    "LiveActivationLoader",
     "__version__",
     "decompose_resid",
     "open_results",

@@ -30,6 +30,7 @@ FORBIDDEN = {
     "actpipe/models": {"stores", "text", "jobs", "extraction", "report", "stages", "stage", "running"},
     "actpipe/stores": {"models", "text", "jobs", "extraction", "report", "stages", "stage", "running"},
     "actpipe/text": {"models", "stores", "jobs", "extraction", "report", "stages", "stage", "running"},
+    "actpipe/feed": {"models", "text", "jobs", "extraction", "report", "stages", "stage", "running"},
     "actpipe/jobs": {"models", "text", "extraction", "report", "stages", "stage", "running"},
     "actpipe/extraction": {"jobs", "report", "stages", "stage", "running"},
     "actpipe/report": {"models", "text", "jobs", "extraction", "stages", "stage", "running"},

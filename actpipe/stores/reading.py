@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +23,8 @@ from actpipe.stores.token_table import TokenTable
 from actpipe.stores.writing import chunk_path, committed_parts, read_manifest
 
 _OPEN_CHUNKS = 512
+_LONG_RUN = 16
+"""Rows that follow one another, from which on reading them beats copying them out of a map."""
 
 
 def _map_chunk(path: Path, dtype: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
@@ -72,14 +76,18 @@ class StoredArray:
         Raises:
             IncompleteStoreError: The part is not there.
         """
+        chunk = _map_chunk(self._chunk(index), self.manifest.dtype, (self.rows_per_part, *self.manifest.row_shape))
+        return chunk[: self.n_rows - index * self.rows_per_part]
+
+    def _chunk(self, index: int) -> Path:
+        """Return the chunk file of one part."""
         path = self.store / chunk_path(self.manifest, index)
         if not path.is_file():
             raise IncompleteStoreError(
                 f"part {index} of {self.manifest.path} is not there: {path} is missing; "
                 "run the recipe again to finish the store"
             )
-        chunk = _map_chunk(path, self.manifest.dtype, (self.rows_per_part, *self.manifest.row_shape))
-        return chunk[: self.n_rows - index * self.rows_per_part]
+        return path
 
     def read(self, start: int, stop: int) -> npt.NDArray[Any]:
         """Return rows `[start, stop)`; a view of the mapped file where one part holds them all."""
@@ -106,11 +114,52 @@ class StoredArray:
             wrong = wanted.min() if wanted.min() < 0 else wanted.max()
             raise IndexError(f"row {wrong} is not one of the {self.n_rows} rows of {self.manifest.path}")
         result = np.empty((len(wanted), *self.manifest.row_shape), self.dtype)
-        parts = wanted // self.rows_per_part
-        for part in np.unique(parts):
-            chosen = np.flatnonzero(parts == part)
-            result[chosen] = self.part(int(part))[wanted[chosen] - part * self.rows_per_part]
-        return result
+        order = np.argsort(wanted, kind="stable")
+        self.gather(wanted[order], result)
+        if (order[1:] > order[:-1]).all():
+            return result
+        unsorted = np.empty_like(result)
+        unsorted[order] = result
+        return unsorted
+
+    def gather(self, rows: npt.NDArray[np.int64], into: npt.NDArray[Any]) -> None:
+        """Read rows whose numbers ascend into an array of as many rows, part by part.
+
+        Rows that mostly follow one another are read, others are copied out of the mapped file.
+        """
+        if not len(rows):
+            return
+        assert rows[0] >= 0, "rows must be in the store"
+        assert rows[-1] < self.n_rows, "rows must be in the store"
+        first, last = int(rows[0]) // self.rows_per_part, int(rows[-1]) // self.rows_per_part
+        bounds = np.searchsorted(rows, np.arange(first, last + 2) * self.rows_per_part).tolist()
+        pieces = [(first + n, slice(*bound)) for n, bound in enumerate(pairwise(bounds)) if bound[0] < bound[1]]
+        runs = np.flatnonzero(np.diff(rows) != 1) + 1
+        if len(runs) * _LONG_RUN < len(rows):
+            for reads in (self._announce, self._read_run):  # all of it is under way before the first is waited for
+                for part, here in pieces:
+                    inside = runs[slice(*np.searchsorted(runs, [here.start + 1, here.stop]))].tolist()
+                    with self._chunk(part).open("rb", buffering=0) as file:
+                        for start, stop in pairwise([here.start, *inside, here.stop]):
+                            reads(file, int(rows[start]) - part * self.rows_per_part, into[start:stop])
+            return
+        for part, here in pieces:
+            chosen = rows[here] - part * self.rows_per_part
+            np.take(self.part(part), chosen, axis=0, out=into[here], mode="clip")  # other modes copy twice
+
+    def _announce(self, file: BinaryIO, row: int, into: npt.NDArray[Any]) -> None:
+        """Let the operating system begin to read rows of a part; only a hint."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), row * self.row_bytes, into.nbytes, os.POSIX_FADV_WILLNEED)
+
+    def _read_run(self, file: BinaryIO, row: int, into: npt.NDArray[Any]) -> None:
+        """Read rows of a part that follow one another."""
+        file.seek(row * self.row_bytes)
+        wanted = memoryview(into.reshape(-1).view(np.uint8))
+        while wanted and (n_read := file.readinto(wanted)):
+            wanted = wanted[n_read:]
+        if wanted:
+            raise IncompleteStoreError(f"{file.name} is cut short; `actpipe verify` says what else is")
 
     def __getitem__(self, key: Any) -> npt.NDArray[Any]:
         """Index as numpy does: slices and row numbers on the first axis, anything numpy takes on the others."""

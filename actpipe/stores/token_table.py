@@ -162,6 +162,11 @@ class TokenTable:
         """Return documents.parquet, or some columns of it, as an Arrow table."""
         return pq.read_table(self.folder.documents, columns=None if columns is None else list(columns))
 
+    @property
+    def document_columns(self) -> tuple[str, ...]:
+        """Names of the columns of documents.parquet."""
+        return tuple(pq.read_schema(self.folder.documents).names)
+
     def read_document(self, document: int) -> dict[str, Any]:
         """Return one row of documents.parquet.
 

@@ -1,0 +1,1 @@
+"""Shuffled batches of activations for training: which rows, in which order, read ahead."""

@@ -1,0 +1,375 @@
+"""What every feed does: epochs, batches, ranks and workers, resuming, reading ahead."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+
+from actpipe.compute.casting import cast_rows
+from actpipe.errors import DtypeOverflowError, StoreMismatchError
+from actpipe.feed.ahead import ReadAhead
+from actpipe.feed.normalizing import NORMALIZATIONS, Normalize, Normalizer, Statistics, estimate_statistics
+from actpipe.feed.order import Deal, Group, Order, Shuffle
+from actpipe.feed.permutation import Indices, Permutation
+from actpipe.stores.dtypes import BFLOAT16
+
+Rows = dict[str, torch.Tensor]
+"""Tensors by name; row `i` of each is the same token."""
+_STATE_VERSION = 1
+_MIX = 3
+_SAMPLE_EPOCH = 2**31
+"""Epoch whose order the sample for statistics follows; no training gets there."""
+_SAMPLE_BLOCK_ROWS = 64
+_SAMPLE_AT_ONCE = 8_192
+
+
+class RowReader(Protocol):
+    """Where the rows of an epoch come from."""
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of an epoch."""
+
+    @property
+    def activation_names(self) -> tuple[str, ...]:
+        """Names of the activations that are not integers."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for the same place of an epoch to hold the same row; JSON values."""
+
+    def allocate(self, n_rows: int, *, pinned: bool) -> Rows:
+        """Return tensors for as many rows."""
+
+    def fill(self, order: Order, places: Indices, into: Rows) -> Iterator[None]:
+        """Read the rows at some places of an epoch, in any order that does not change; may be left at each yield."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeedSettings:
+    """How rows become batches; see `ActivationLoader`."""
+
+    batch_size: int
+    shuffle: Shuffle
+    seed: int
+    drop_last: bool
+    block_rows: int
+    buffer_rows: int
+    rank: int
+    world_size: int
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "block_rows", "buffer_rows", "world_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.shuffle not in ("rows", "blocks", None):
+            raise ValueError(f"shuffle must be 'rows', 'blocks' or None, got {self.shuffle!r}")
+        if self.seed < 0:
+            raise ValueError(f"seed must not be negative, got {self.seed}")
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(f"rank {self.rank} is not one of {self.world_size}; ranks count from 0")
+
+    def order(self, n_rows: int, epoch: int) -> Order:
+        """Return the order of one epoch."""
+        return Order(self.shuffle, n_rows, min(self.block_rows, n_rows), self.seed, epoch)
+
+    def deal(self, n_rows: int, n_workers: int) -> Deal:
+        """Return how the batches of an epoch are dealt out."""
+        group_batches = max(1, self.buffer_rows // self.batch_size) if self.shuffle == "blocks" else 1
+        return Deal(n_rows, self.batch_size, group_batches, self.world_size, n_workers, self.drop_last)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Delivery:
+    """What happens to a batch on its way out; see `ActivationLoader`."""
+
+    device: torch.device
+    dtype: torch.dtype | None
+    read_ahead: int
+    normalize: Normalize
+
+    @classmethod
+    def of(
+        cls, device: torch.device | str, dtype: torch.dtype | str | None, *, read_ahead: int, normalize: Normalize
+    ) -> Delivery:
+        """Return a delivery; devices and element types may be given by name."""
+        if isinstance(dtype, str):
+            dtype = getattr(torch, dtype, None) or dtype
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"dtype must be a floating type of torch, got {dtype!r}")
+        if normalize not in (*NORMALIZATIONS, None):
+            raise ValueError(f"normalize must be one of {', '.join(NORMALIZATIONS)} or None, got {normalize!r}")
+        if read_ahead < 0:
+            raise ValueError(f"read_ahead must not be negative, got {read_ahead}")
+        if dtype is None and normalize is not None:
+            dtype = torch.float32
+        return cls(device=torch.device(device), dtype=dtype, read_ahead=read_ahead, normalize=normalize)
+
+
+class Feed(IterableDataset[Rows]):
+    """Batches of rows, one epoch at each iteration; works in torch's `DataLoader` with `batch_size=None`.
+
+    `epoch` is the number of the current epoch; it goes up when an epoch has been iterated to its end. Breaking
+    off and iterating again starts the same epoch from its beginning, unless a state was loaded in between.
+    """
+
+    def __init__(
+        self,
+        reader: RowReader,
+        settings: FeedSettings,
+        delivery: Delivery,
+        *,
+        statistics: Statistics | None,
+        statistics_rows: int,
+    ) -> None:
+        super().__init__()
+        self._reader, self._settings, self._delivery = reader, settings, delivery
+        self._normalizer = Normalizer({})
+        self._epoch = self._batch = self._resume_at = 0
+        self._resume_workers: int | None = None
+        self._wait_seconds = self._feed_seconds = 0.0
+        if delivery.normalize is not None:
+            self._normalizer = Normalizer(self._estimate(statistics_rows) if statistics is None else statistics)
+            _check_statistics(self._normalizer.statistics, reader.activation_names)
+
+    def __len__(self) -> int:
+        """Batches of an epoch on this rank, whatever has been taken of it."""
+        return self._deal(n_workers=1).batches_of(self._settings.rank)
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of an epoch, all ranks together, before `drop_last`."""
+        return self._reader.n_rows
+
+    @property
+    def epoch(self) -> int:
+        """Number of the current epoch, from 0 on."""
+        return self._epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the beginning of an epoch; needed before each one with DataLoader workers, which count for themselves.
+
+        A state that was loaded for this very epoch stays in force.
+        """
+        if epoch != self._epoch:
+            self._epoch, self._batch, self._resume_at, self._resume_workers = epoch, 0, 0, None
+
+    @property
+    def statistics(self) -> Statistics:
+        """What rows are normalized by; give it to the feed of the other split."""
+        return self._normalizer.statistics
+
+    def denormalize(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        """Undo `normalize` for rows of one array, in float32."""
+        return self._normalizer.denormalize(name, rows)
+
+    @property
+    def wait_seconds(self) -> float:
+        """Time that this process has waited for batches, filling at the start included."""
+        return self._wait_seconds
+
+    @property
+    def wait_fraction(self) -> float:
+        """That time as a share of the time spent iterating; 0 before the first batch."""
+        return self._wait_seconds / self._feed_seconds if self._feed_seconds else 0.0
+
+    def __iter__(self) -> Iterator[Rows]:
+        """Give the batches of one epoch, or of what a loaded state leaves of it."""
+        worker, n_workers = _this_worker()
+        self._check_place(n_workers)
+        self._batch, self._resume_at, self._resume_workers = self._resume_at, 0, None
+        batches = self._batches(self._batch, worker, n_workers)
+        in_thread = self._delivery.device.type == "cpu"
+        if in_thread:
+            batches = map(self._deliver, batches)
+        started, before = time.perf_counter(), (self._wait_seconds, self._feed_seconds)
+        with ReadAhead(batches, self._delivery.read_ahead if n_workers == 1 else 0) as items:
+            for rows in items:
+                self._batch += 1
+                self._wait_seconds = before[0] + items.wait_seconds
+                self._feed_seconds = before[1] + time.perf_counter() - started
+                yield rows if in_thread else self._deliver(rows)
+        self._feed_seconds = before[1] + time.perf_counter() - started
+        self._epoch, self._batch = self._epoch + 1, 0
+
+    def state_dict(self, *, batch: int | None = None, num_workers: int = 1) -> dict[str, Any]:
+        """Return where the feed stands, with what must stay equal for that to mean anything.
+
+        Args:
+            batch: Batches of this epoch that this rank has taken. Known without DataLoader workers; with them,
+                whoever takes the batches counts them and says so here.
+            num_workers: DataLoader workers, where there are any.
+        """
+        return {
+            "version": _STATE_VERSION,
+            "epoch": self._epoch,
+            "batch": self._batch if batch is None else batch,
+            "num_workers": max(1, num_workers),
+            "identity": self._identity,
+            "normalize": self._delivery.normalize,
+            "statistics": self.statistics,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to where a state was taken: the next iteration gives the batches that followed then.
+
+        Raises:
+            StoreMismatchError: The feed has other rows or settings than the one that gave the state.
+        """
+        ours = {"version": _STATE_VERSION, "normalize": self._delivery.normalize, **self._identity}
+        theirs = {"version": state["version"], "normalize": state["normalize"], **state["identity"]}
+        for name in ours | theirs:
+            if ours.get(name) != theirs.get(name):
+                raise StoreMismatchError(
+                    f"cannot resume: {name} was {theirs.get(name)!r} when the state was taken and is "
+                    f"{ours.get(name)!r} now; open the feed as it was then"
+                )
+        self._epoch, self._resume_at, self._resume_workers = state["epoch"], state["batch"], state["num_workers"]
+        self._batch = self._resume_at
+        self._normalizer = Normalizer(state["statistics"])
+
+    @property
+    def _identity(self) -> dict[str, Any]:
+        settings = asdict(self._settings)
+        del settings["rank"]
+        return settings | self._reader.identity
+
+    def _deal(self, n_workers: int) -> Deal:
+        return self._settings.deal(self._reader.n_rows, n_workers)
+
+    def _check_place(self, n_workers: int) -> None:
+        if n_workers > 1 and self._delivery.device.type != "cpu":
+            raise ValueError(
+                f"DataLoader workers cannot put batches on {self._delivery.device}; give the loader device='cpu' and "
+                "move batches in the training loop, or leave out num_workers: the loader reads ahead by itself"
+            )
+        if self._resume_at and self._settings.shuffle == "blocks" and self._resume_workers != n_workers:
+            raise StoreMismatchError(
+                f"cannot resume: the state was taken with {self._resume_workers} workers, here are {n_workers}, and "
+                "shuffle='blocks' deals blocks out to workers; use as many as then"
+            )
+
+    def _batches(self, taken: int, worker: int, n_workers: int) -> Iterator[Rows]:
+        """Yield one worker's batches after the first `taken` of its rank, which all workers took in turn."""
+        worker = (worker + taken) % n_workers  # whose turn it is comes first
+        skip = (taken + n_workers - 1 - worker) // n_workers
+        order = self._settings.order(self._reader.n_rows, self._epoch)
+        groups = _after(self._deal(n_workers).groups(self._settings.rank, worker), skip)
+        if self._settings.shuffle == "blocks":
+            yield from self._mixed(order, groups)
+            return
+        for group, _ in groups:
+            yield self._read(order, np.arange(group.start, group.stop), self._allocate(group.n_rows))
+
+    def _mixed(self, order: Order, groups: Iterator[tuple[Group, int]]) -> Iterator[Rows]:
+        """Yield batches of rows drawn from a whole group; while one group goes out, a thread reads the next."""
+        size = self._settings.batch_size
+        spare = [self._buffer() for _ in range(2)]
+
+        def read() -> Iterator[tuple[Group, int, Rows]]:
+            for group, first in groups:
+                rows = spare.pop()
+                into = {name: tensor[: group.n_rows] for name, tensor in rows.items()}
+                for _ in self._reader.fill(order, np.arange(group.start, group.stop), into):
+                    if coming.closed:
+                        return
+                yield group, first, rows
+
+        coming = ReadAhead(read(), 1)
+        with coming:
+            for group, first, rows in coming:
+                mixed = Permutation(group.n_rows, order.seed, order.epoch, _MIX, group.first_batch)
+                for number in range(first, group.n_batches):
+                    places = np.arange(number * size, min((number + 1) * size, group.n_rows))
+                    batch = self._allocate(len(places))
+                    _pick(rows, mixed(places), batch)
+                    yield batch
+                spare.append(rows)
+
+    def _buffer(self) -> Rows:
+        """Return tensors for the rows of the largest group."""
+        most = self._deal(n_workers=1).group_batches * self._settings.batch_size
+        return self._reader.allocate(min(most, self._reader.n_rows), pinned=False)
+
+    def _read(self, order: Order, places: Indices, into: Rows) -> Rows:
+        for _ in self._reader.fill(order, places, into):
+            pass
+        return into
+
+    def _allocate(self, n_rows: int) -> Rows:
+        return self._reader.allocate(n_rows, pinned=self._delivery.device.type == "cuda")
+
+    def _deliver(self, rows: Rows) -> Rows:
+        """Move a batch to its device and bring its activations to their size and type."""
+        rows = {name: tensor.to(self._delivery.device, non_blocking=True) for name, tensor in rows.items()}
+        for name in self._reader.activation_names:
+            dtype = self._delivery.dtype or rows[name].dtype
+            rows[name], n_lost = cast_rows(self._normalizer.normalize_(name, rows[name]), dtype, clip=False)
+            if n_lost:
+                raise DtypeOverflowError(f"{n_lost:,} values of {name} in one batch do not fit {dtype}; take another")
+        return rows
+
+    def _estimate(self, n_rows: int) -> Statistics:
+        """Estimate statistics from blocks of rows, drawn by the seed; the same on every rank."""
+        total = self._reader.n_rows
+        order = Order("blocks", total, min(_SAMPLE_BLOCK_ROWS, total), self._settings.seed, _SAMPLE_EPOCH)
+
+        def pieces() -> Iterator[Rows]:
+            for start in range(0, min(n_rows, total), _SAMPLE_AT_ONCE):
+                places = np.arange(start, min(start + _SAMPLE_AT_ONCE, n_rows, total))
+                rows = self._read(order, places, self._reader.allocate(len(places), pinned=False))
+                yield {name: rows[name] for name in self._reader.activation_names}
+
+        return estimate_statistics(self._delivery.normalize, pieces())
+
+
+def as_numpy(tensor: torch.Tensor) -> npt.NDArray[Any]:
+    """Return the same memory as numpy sees it, bfloat16 too."""
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(BFLOAT16)
+    array: npt.NDArray[Any] = tensor.numpy()
+    return array
+
+
+def _pick(rows: Rows, chosen: Indices, into: Rows) -> None:
+    for name, tensor in rows.items():
+        np.take(as_numpy(tensor), chosen, axis=0, out=as_numpy(into[name]), mode="clip")
+
+
+def _after(groups: Iterator[Group], n_batches: int) -> Iterator[tuple[Group, int]]:
+    """Yield the groups that hold a batch after the first few, each with its first such batch."""
+    for group in groups:
+        if n_batches < group.n_batches:
+            yield group, n_batches
+        n_batches = max(0, n_batches - group.n_batches)
+
+
+def _this_worker() -> tuple[int, int]:
+    """Return the number of this DataLoader worker, and how many there are; outside of one, the only one."""
+    info = get_worker_info()
+    return (0, 1) if info is None else (info.id, info.num_workers)
+
+
+def this_rank(rank: int | None, world_size: int | None) -> tuple[int, int]:
+    """Return rank and number of ranks: as given, as torch.distributed says, or the only one."""
+    if (rank is None) != (world_size is None):
+        raise ValueError(f"give both rank and world_size or neither, got {rank} and {world_size}")
+    if rank is not None and world_size is not None:
+        return rank, world_size
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
+
+
+def _check_statistics(statistics: Statistics, names: tuple[str, ...]) -> None:
+    missing = [name for name in names if name not in statistics]
+    if missing:
+        raise ValueError(f"statistics say nothing of {', '.join(missing)}; take them from a feed of the same hooks")

@@ -1,0 +1,129 @@
+"""Rows of opened stores as tensors: the arrays asked for, and the labels of their documents."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+
+from actpipe.errors import StoreMismatchError
+from actpipe.feed.documents import Labels
+from actpipe.feed.feeding import Rows, as_numpy
+from actpipe.feed.mixing import Mixture
+from actpipe.feed.order import Order
+from actpipe.feed.permutation import Indices
+from actpipe.feed.selection import RowSet
+from actpipe.stores.reading import ActivationStore, StoredArray
+
+_ROWS_AT_ONCE = 16_384
+_ROW_BITS = 48
+"""A source and a row in one number, to sort by both: 2^48 rows, 2^15 sources."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One store: its arrays by the name they have in a batch, and the rows that are wanted."""
+
+    store: ActivationStore
+    arrays: Mapping[str, StoredArray]
+    rows: RowSet
+
+
+class StoredRows:
+    """Reads rows of an epoch of a mixture of stores.
+
+    Raises:
+        StoreMismatchError: An array has another shape or element type in another store.
+    """
+
+    def __init__(self, sources: Sequence[Source], mixture: Mixture, labels: Mapping[str, Labels]) -> None:
+        self._sources = sources
+        self._mixture = mixture
+        self._labels = labels
+        for source in sources[1:]:
+            for name, array in source.arrays.items():
+                _check_same(name, sources[0].arrays[name], array, source.store)
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of an epoch."""
+        return self._mixture.n_rows
+
+    @property
+    def activation_names(self) -> tuple[str, ...]:
+        """Names of the activations that are not integers."""
+        arrays = self._sources[0].arrays.items()
+        return tuple(
+            name for name, array in arrays if array.manifest.path.startswith("activations/") and array.dtype.kind != "i"
+        )
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for the same place of an epoch to hold the same row."""
+        return {
+            "arrays": list(self._sources[0].arrays),
+            "labels": list(self._labels),
+            "models": [source.store.manifest.model.fingerprint for source in self._sources],
+            "rows": [source.rows.checksum for source in self._sources],
+            "rows_by_run": self._mixture.counts.tolist(),
+        }
+
+    def allocate(self, n_rows: int, *, pinned: bool) -> Rows:
+        """Return tensors for as many rows."""
+        rows = {
+            name: torch.empty((n_rows, *array.manifest.row_shape), dtype=_torch_dtype(array), pin_memory=pinned)
+            for name, array in self._sources[0].arrays.items()
+        }
+        single = {name: label.dtype for name, label in self._labels.items()} | {"row": torch.int64}
+        if len(self._sources) > 1:
+            single["source"] = torch.int64
+        return rows | {name: torch.empty(n_rows, dtype=dtype, pin_memory=pinned) for name, dtype in single.items()}
+
+    def fill(self, order: Order, places: Indices, into: Rows) -> Iterator[None]:
+        """Read the rows at these places of an epoch, in the order of the stores."""
+        source, within = self._mixture.locate(order(places), order.epoch)
+        rows = np.empty_like(within)
+        for number in range(len(self._sources)):
+            here = np.flatnonzero(source == number)
+            rows[here] = self._sources[number].rows(within[here])
+        both = np.sort(source << _ROW_BITS | rows)
+        source, rows = both >> _ROW_BITS, both & (1 << _ROW_BITS) - 1
+        for start in range(0, len(rows), _ROWS_AT_ONCE):
+            piece = slice(start, start + _ROWS_AT_ONCE)
+            self._read(source[piece], rows[piece], {name: tensor[piece] for name, tensor in into.items()})
+            yield
+
+    def _of_sources(self, source: Indices) -> Iterator[tuple[int, slice]]:
+        """Yield the sources that rows sorted by source come from, each with where its rows stand."""
+        bounds = np.searchsorted(source, np.arange(len(self._sources) + 1)).tolist()
+        for number, (start, stop) in enumerate(pairwise(bounds)):
+            if start < stop:
+                yield number, slice(start, stop)
+
+    def _read(self, source: Indices, rows: Indices, into: Rows) -> None:
+        for number, here in self._of_sources(source):
+            for name, array in self._sources[number].arrays.items():
+                array.gather(rows[here], as_numpy(into[name])[here])
+            for name, label in self._labels.items():
+                into[name][here] = label.of_rows(number, rows[here])
+        into["row"][:] = torch.from_numpy(rows)
+        if "source" in into:
+            into["source"][:] = torch.from_numpy(source)
+
+
+def _check_same(name: str, first: StoredArray, other: StoredArray, store: ActivationStore) -> None:
+    wanted, found = [(array.manifest.dtype, array.manifest.row_shape) for array in (first, other)]
+    if wanted != found:
+        raise StoreMismatchError(
+            f"cannot mix {name}: rows are {wanted[0]} {wanted[1]} in the first run and {found[0]} {found[1]} in "
+            f"{store.folder.root}; mix runs of one shape and element type"
+        )
+
+
+def _torch_dtype(array: StoredArray) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, array.dtype.name)
+    return dtype
