@@ -18,7 +18,7 @@ from actpipe.feed.ahead import ReadAhead
 from actpipe.feed.normalizing import NORMALIZATIONS, Normalize, Normalizer, Statistics, estimate_statistics
 from actpipe.feed.order import Deal, Group, Order, Shuffle
 from actpipe.feed.permutation import Indices, Permutation
-from actpipe.stores.dtypes import BFLOAT16
+from actpipe.stores.dtypes import numpy_dtype
 
 Rows = dict[str, torch.Tensor]
 """Tensors by name; row `i` of each is the same token."""
@@ -333,7 +333,7 @@ class Feed(IterableDataset[Rows]):
 def as_numpy(tensor: torch.Tensor) -> npt.NDArray[Any]:
     """Return the same memory as numpy sees it, bfloat16 too."""
     if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(BFLOAT16)
+        return tensor.view(torch.int16).numpy().view(numpy_dtype("bfloat16"))
     array: npt.NDArray[Any] = tensor.numpy()
     return array
 

@@ -6,9 +6,10 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from io import FileIO
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -139,7 +140,7 @@ class StoredArray:
             for reads in (self._announce, self._read_run):  # all of it is under way before the first is waited for
                 for part, here in pieces:
                     inside = runs[slice(*np.searchsorted(runs, [here.start + 1, here.stop]))].tolist()
-                    with self._chunk(part).open("rb", buffering=0) as file:
+                    with FileIO(self._chunk(part)) as file:
                         for start, stop in pairwise([here.start, *inside, here.stop]):
                             reads(file, int(rows[start]) - part * self.rows_per_part, into[start:stop])
             return
@@ -147,15 +148,15 @@ class StoredArray:
             chosen = rows[here] - part * self.rows_per_part
             np.take(self.part(part), chosen, axis=0, out=into[here], mode="clip")  # other modes copy twice
 
-    def _announce(self, file: BinaryIO, row: int, into: npt.NDArray[Any]) -> None:
+    def _announce(self, file: FileIO, row: int, into: npt.NDArray[Any]) -> None:
         """Let the operating system begin to read rows of a part; only a hint."""
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(file.fileno(), row * self.row_bytes, into.nbytes, os.POSIX_FADV_WILLNEED)
 
-    def _read_run(self, file: BinaryIO, row: int, into: npt.NDArray[Any]) -> None:
+    def _read_run(self, file: FileIO, row: int, into: npt.NDArray[Any]) -> None:
         """Read rows of a part that follow one another."""
         file.seek(row * self.row_bytes)
-        wanted = memoryview(into.reshape(-1).view(np.uint8))
+        wanted = into.reshape(-1).view(np.uint8).data
         while wanted and (n_read := file.readinto(wanted)):
             wanted = wanted[n_read:]
         if wanted:
