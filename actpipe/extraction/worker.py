@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +34,22 @@ LOGITS_AT_ONCE = 2**25
 
 Job = Callable[[], None]
 Runs = tuple[tuple[int, int], ...]
+
+
+class PartSink(Protocol):
+    """What takes the rows of one part; `PartWriter` is one."""
+
+    def write(self, array: str, first_row: int, rows: npt.NDArray[Any]) -> int:
+        """Take consecutive rows of one array as bytes; return how many bytes."""
+
+    def count_clipped(self, array: str, count: int) -> None:
+        """Note that values were clipped."""
+
+    def commit(self) -> None:
+        """All rows were handed over."""
+
+    def abandon(self) -> None:
+        """No more rows come."""
 
 
 @dataclass(frozen=True)
@@ -74,19 +90,23 @@ class ExtractionWorker:
     """Does one part at a time: forward passes here, writing in a thread of its own."""
 
     def __init__(
-        self, config: ExtractActivationsConfig, model: HookedModel, folder: RunFolder, manifest: StoreManifest
+        self,
+        config: ExtractActivationsConfig,
+        model: HookedModel,
+        folder: RunFolder,
+        manifest: StoreManifest,
+        open_part: Callable[[Part], PartSink],
     ) -> None:
         self._config = config
         self._model = model
-        self._folder = folder
-        self._manifest = manifest
+        self._open_part = open_part
         self._tokens = TokenTable(folder)
         self._arrays = {array.path: array for array in manifest.arrays}
         self._capture: Capture
         self._writing: BackgroundWorker[Job]
         self._meter: Meter
-        self._writer: PartWriter
-        self._unfinished: set[PartWriter] = set()
+        self._writer: PartSink
+        self._unfinished: set[PartSink] = set()
         self._placement: _Placement
         self._normalized: torch.Tensor
 
@@ -99,9 +119,15 @@ class ExtractionWorker:
         folder: RunFolder,
         manifest: StoreManifest,
         meter: Meter,
+        open_part: Callable[[Part], PartSink] | None = None,
     ) -> Iterator[ExtractionWorker]:
-        """Hook the model and start the writing thread; at the end everything handed over is on disk."""
-        worker = cls(config, model, folder, manifest)
+        """Hook the model and start the writing thread; at the end everything handed over is on disk.
+
+        `open_part` gives what takes the rows of a part, where that is not the store.
+        """
+        worker = cls(
+            config, model, folder, manifest, open_part or partial(PartWriter, folder, manifest, fsync=config.fsync)
+        )
         names = [path.removeprefix("activations/") for path in worker._arrays if path.startswith("activations/")]
         if config.metrics:
             names.append(UNEMBED_INPUT)
@@ -116,13 +142,13 @@ class ExtractionWorker:
     def __call__(self, part: Part) -> None:
         """Run every sequence that has a row in the part, and hand the part over for its commit."""
         sequences = list(self._tokens.read_sequences(part.row_start, part.row_stop))
-        self._writer = PartWriter(self._folder, self._manifest, part, fsync=self._config.fsync)
+        self._writer = self._open_part(part)
         self._unfinished.add(self._writer)
         for batch in make_batches(sequences, self._config.batch_tokens):
             self._run(batch, part)
         self._writing.put(partial(self._finish, self._writer), 0)
 
-    def _finish(self, writer: PartWriter) -> None:
+    def _finish(self, writer: PartSink) -> None:
         writer.commit()
         self._unfinished.remove(writer)
 
@@ -214,7 +240,7 @@ class ExtractionWorker:
         data = rows.reshape(len(rows), -1).contiguous().cpu().view(torch.uint8).numpy()
         self._writing.put(partial(self._write, self._writer, path, data, self._placement.runs), data.nbytes)
 
-    def _write(self, writer: PartWriter, path: str, data: npt.NDArray[np.uint8], runs: Runs) -> None:
+    def _write(self, writer: PartSink, path: str, data: npt.NDArray[np.uint8], runs: Runs) -> None:
         start = 0
         for first_row, count in runs:
             self._meter.advance(n_bytes=writer.write(path, first_row, data[start : start + count]))

@@ -13,12 +13,12 @@ import numpy.typing as npt
 
 from actpipe.errors import IncompleteStoreError, UnknownHookError, did_you_mean
 from actpipe.hooks import BlockShape, ModelShape
-from actpipe.planning import count_parts
+from actpipe.planning import count_parts, plan_parts
 from actpipe.schemas.manifest import ArrayManifest, StoreManifest
 from actpipe.stores.dtypes import numpy_dtype
 from actpipe.stores.layout import RunFolder
 from actpipe.stores.token_table import TokenTable
-from actpipe.stores.writing import chunk_path, committed_parts, read_manifest
+from actpipe.stores.writing import chunk_path, missing_parts, read_manifest
 
 _OPEN_CHUNKS = 512
 
@@ -160,10 +160,10 @@ class StoredDocument:
 
 def is_complete(folder: RunFolder) -> bool:
     """Whether a corpus has a store with every part committed."""
-    if not folder.store.is_dir():
+    if not folder.has_store:
         return False
     manifest = read_manifest(folder)
-    return len(committed_parts(folder)) == count_parts(manifest.n_rows, manifest.rows_per_part)
+    return not missing_parts(folder, plan_parts(manifest.n_rows, manifest.rows_per_part))
 
 
 class ActivationStore:
@@ -174,7 +174,7 @@ class ActivationStore:
     """
 
     def __init__(self, folder: RunFolder, decode: Callable[[RunFolder, npt.NDArray[Any]], str] | None = None) -> None:
-        if not folder.store.is_dir():
+        if not folder.has_store:
             raise IncompleteStoreError(f"{folder.root} holds no activation store; it has no store.zarr")
         self.folder = folder
         self.manifest: StoreManifest = read_manifest(folder)
@@ -188,11 +188,11 @@ class ActivationStore:
         Raises:
             IncompleteStoreError: Says how many, and what to do.
         """
-        done, n_parts = len(committed_parts(self.folder)), self.n_parts
-        if done < n_parts:
+        missing = missing_parts(self.folder, plan_parts(self.n_rows, self.manifest.rows_per_part))
+        if missing:
             raise IncompleteStoreError(
-                f"{self.folder.store} has {done} of {n_parts} parts; run its recipe again to finish it, "
-                "or open it with partial=True and read committed rows only"
+                f"{self.folder.store} has {self.n_parts - len(missing)} of {self.n_parts} parts; "
+                "run its recipe again to finish it, or open it with partial=True and read committed rows only"
             )
 
     @property

@@ -4,37 +4,56 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
 import numpy.typing as npt
 import zarr
+from zarr.storage import MemoryStore
 
 from actpipe.errors import StoreMismatchError
 from actpipe.records import Part
 from actpipe.schemas.commit import ChunkRecord, Commit
 from actpipe.schemas.manifest import ArrayManifest, StoreManifest
 from actpipe.stores.dtypes import fill_value, numpy_dtype
-from actpipe.stores.layout import RunFolder, crc32c_of, sync_folder, write_whole
+from actpipe.stores.layout import RunFolder, crc32c_of, move, sync, sync_tree, write_whole
 
+_PART_RECORD = re.compile(r"part-(\d{8})\.json")
 ATTRIBUTE = "actpipe"
 """Key of the manifest in the attributes of the Zarr group."""
+CHECKSUM = "actpipe_crc32c"
+"""Key of its checksum beside it; absent in stores of early releases."""
 
 
 def create_store(folder: RunFolder, manifest: StoreManifest) -> None:
     """Make the Zarr group with all arrays and no data; a store of the same manifest is left as it is.
 
+    A store without `zarr.json` gets its metadata back, and keeps its chunks.
+
     Raises:
         StoreMismatchError: There is a store of another manifest; says where they differ.
     """
-    if folder.store.exists():
+    if (folder.store / "zarr.json").exists():
         _refuse_other_manifest(folder, manifest)
         return
     partial = folder.new_partial("store")
-    group = zarr.create_group(partial / "store.zarr", zarr_format=3)
+    made = partial / "store.zarr"
+    _make_group(made, manifest)
+    sync_tree(made)
+    if folder.store.exists():
+        _restore_metadata(folder, made)
+    else:
+        move(made, folder.store)
+    shutil.rmtree(partial)
+
+
+def _make_group(store: Any, manifest: StoreManifest) -> None:
+    group = zarr.create_group(store, zarr_format=3)
     for array in manifest.arrays:
         dtype = numpy_dtype(array.dtype)
         group.create_array(
@@ -47,9 +66,28 @@ def create_store(folder: RunFolder, manifest: StoreManifest) -> None:
             fill_value=fill_value(dtype),
             dimension_names=array.axes,
         )
-    group.attrs[ATTRIBUTE] = manifest.model_dump(mode="json")
-    (partial / "store.zarr").replace(folder.store)
-    shutil.rmtree(partial)
+    record = manifest.model_dump(mode="json")
+    group.attrs.update({ATTRIBUTE: record, CHECKSUM: checksum_of(record)})
+
+
+def _restore_metadata(folder: RunFolder, made: Path) -> None:
+    """Put the metadata of every array in its place, the group's last: without it there is no store."""
+    paths = sorted(path.relative_to(made) for path in made.rglob("zarr.json"))
+    for path in sorted(paths, key=lambda path: len(path.parts), reverse=True):
+        (folder.store / path).parent.mkdir(parents=True, exist_ok=True)
+        move(made / path, folder.store / path)
+
+
+def metadata_of(manifest: StoreManifest) -> dict[str, dict[str, Any]]:
+    """Return what every `zarr.json` of a store says, by the path of its folder in the group."""
+    memory: dict[str, Any] = {}
+    _make_group(MemoryStore(memory), manifest)
+    return {key.removesuffix("zarr.json").rstrip("/"): json.loads(data.to_bytes()) for key, data in memory.items()}
+
+
+def checksum_of(record: Mapping[str, Any]) -> str:
+    """Return the CRC-32C of a manifest, whatever the order and spacing in which JSON has it."""
+    return f"{google_crc32c.value(json.dumps(record, sort_keys=True).encode()):08x}"
 
 
 def _refuse_other_manifest(folder: RunFolder, wanted: StoreManifest) -> None:
@@ -73,6 +111,11 @@ def read_manifest(folder: RunFolder) -> StoreManifest:
 def chunk_path(array: ArrayManifest, part: int) -> str:
     """Return the path of one array's chunk of one part, relative to the Zarr group."""
     return "/".join([array.path, "c", str(part), *("0" for _ in array.row_shape)])
+
+
+def chunk_paths(array: ArrayManifest, part: int) -> tuple[str, ...]:
+    """Return the paths of all chunks that hold one part of an array, relative to the Zarr group."""
+    return (chunk_path(array, part),)
 
 
 class PartWriter:
@@ -139,16 +182,18 @@ class PartWriter:
     def _place(self, array: ArrayManifest) -> ChunkRecord:
         temporary = self._partial / array.path.replace("/", "%")
         descriptor = self._files.pop(array.path)
-        if self._fsync:
-            os.fsync(descriptor)
-        os.close(descriptor)
+        try:
+            if self._fsync:
+                os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
         path = chunk_path(array, self._part.index)
         record = ChunkRecord(path=path, n_bytes=temporary.stat().st_size, crc32c=crc32c_of(temporary))
         final = self._folder.store / path
         final.parent.mkdir(parents=True, exist_ok=True)
         temporary.replace(final)
         if self._fsync:
-            sync_folder(final.parent)
+            sync(final.parent)
         return record
 
     def abandon(self) -> None:
@@ -164,9 +209,16 @@ def read_commit(path: Path) -> Commit:
     return Commit.from_json(path.read_bytes())
 
 
+def withdraw(record: Path) -> None:
+    """Remove the record that makes something count, at once and for good; what it spoke of will be done again."""
+    record.unlink(missing_ok=True)
+    sync(record.parent)
+
+
 def committed_parts(folder: RunFolder) -> set[int]:
     """Return the numbers of the parts that are done."""
-    return {int(path.stem.removeprefix("part-")) for path in folder.commits.glob("part-*.json")}
+    names = (_PART_RECORD.fullmatch(path.name) for path in folder.commits.glob("part-*.json"))
+    return {int(name[1]) for name in names if name}
 
 
 def missing_parts(folder: RunFolder, parts: Iterable[Part]) -> list[Part]:
