@@ -70,8 +70,11 @@ def recheck(
     """
     computed_in = store.manifest.model.dtype
     differences = {a.path: Difference(a.path, chance=_chance_of(a, computed_in)) for a in store.manifest.arrays}
-    sink = _Comparison(store, differences, _TOLERANCES[computed_in])
-    with ExtractionWorker.open(config, model, store.folder, store.manifest, meter, lambda _: sink) as worker:
+
+    def open_part(_: Part) -> _Comparison:
+        return _Comparison(store, differences, _TOLERANCES[computed_in])
+
+    with ExtractionWorker.open(config, model, store.folder, store.manifest, meter, open_part) as worker:
         for rows in sequences:
             worker(rows)
     return list(differences.values())

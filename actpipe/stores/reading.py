@@ -162,7 +162,10 @@ def is_complete(folder: RunFolder) -> bool:
     """Whether a corpus has a store with every part committed."""
     if not folder.has_store:
         return False
-    manifest = read_manifest(folder)
+    try:
+        manifest = read_manifest(folder)
+    except IncompleteStoreError:
+        return False
     return not missing_parts(folder, plan_parts(manifest.n_rows, manifest.rows_per_part))
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from actpipe.errors import IncompleteStoreError
 from actpipe.planning import plan_parts
 from actpipe.records import Part
 from actpipe.schemas.commit import ChunkRecord, Commit
@@ -85,8 +86,8 @@ def find_problems(folder: RunFolder, progress: Progress = lambda _: None) -> lis
         return problems
     try:
         manifest = read_manifest(folder)
-    except Exception as error:  # noqa: BLE001 - whatever zarr makes of broken bytes
-        what = f"holds no manifest ({_first_line(error)}); its chunks were not checked"
+    except IncompleteStoreError:
+        what = "holds no manifest; the chunks were not checked"
         return [*problems, Problem("zarr.json", what, Remedy.METADATA, folder.store / "zarr.json")]
     problems += _metadata_problems(folder, manifest)
     parts = plan_parts(manifest.n_rows, manifest.rows_per_part)

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import zarr
 from zarr.storage import MemoryStore
 
-from actpipe.errors import StoreMismatchError
+from actpipe.errors import IncompleteStoreError, StoreMismatchError
 from actpipe.records import Part
 from actpipe.schemas.commit import ChunkRecord, Commit
 from actpipe.schemas.manifest import ArrayManifest, StoreManifest
@@ -103,9 +103,20 @@ def _refuse_other_manifest(folder: RunFolder, wanted: StoreManifest) -> None:
 
 
 def read_manifest(folder: RunFolder) -> StoreManifest:
-    """Read a store's manifest from its Zarr attributes."""
-    attributes = zarr.open_group(folder.store, mode="r").attrs.asdict()
-    return StoreManifest.from_json(json.dumps(attributes[ATTRIBUTE]))
+    """Read a store's manifest from its Zarr attributes.
+
+    Raises:
+        IncompleteStoreError: There is none that could be read.
+    """
+    path = folder.store / "zarr.json"
+    try:
+        attributes = json.loads(path.read_text(encoding="utf-8"))["attributes"]
+        return StoreManifest.from_json(json.dumps(attributes[ATTRIBUTE]))
+    except (ValueError, LookupError, FileNotFoundError) as error:
+        raise IncompleteStoreError(
+            f"{path} holds no manifest ({str(error).splitlines()[0]}); "
+            f"`actpipe repair {folder.root}` writes it again from the recipe"
+        ) from error
 
 
 def chunk_path(array: ArrayManifest, part: int) -> str:
