@@ -55,6 +55,7 @@ def describe_corpus(name: str, folder: RunFolder) -> list[Finding]:
     findings = [Finding(f"Corpus {name}", ("", ""), tuple(rows))]
     if folder.has_store:
         findings.append(_describe_store(name, folder))
+        findings += describe_fidelity(ActivationStore(folder))
     results = list_results(folder)
     if results:
         shown = tuple(
@@ -71,7 +72,9 @@ def _describe_store(name: str, folder: RunFolder) -> Finding:
     rows = []
     for array in map(store.array, store.array_names):
         size = format_bytes(array.row_bytes * store.n_rows)
-        rows.append((array.manifest.path, array.manifest.dtype, str(array.shape), size))
+        kept = array.manifest.quantisation
+        dtype = array.manifest.dtype if kept is None else f"{kept.code}, read as {array.manifest.dtype}"
+        rows.append((array.manifest.path, dtype, str(array.shape), size))
     done = len(committed_parts(folder))
     return Finding(
         f"Store of {name}: {model.name}, {model.family}, computed in {model.dtype}",
@@ -80,6 +83,15 @@ def _describe_store(name: str, folder: RunFolder) -> Finding:
         note=f"{done} of {store.n_parts} parts of {store.manifest.rows_per_part:,} rows committed, "
         f"{format_bytes(chunk_bytes(folder))} on disk",
     )
+
+
+def describe_fidelity(store: ActivationStore) -> list[Finding]:
+    """Say what quantising did to the values of a store, if it did anything."""
+    rows = tuple(
+        (array.removeprefix("activations/"), f"{found.relative_error:.2%}", f"{found.cosine:.6f}")
+        for array, found in store.fidelity.items()
+    )
+    return [Finding(f"Quantised: {store.manifest.corpus}", ("hook", "relative error", "cosine"), rows)] if rows else []
 
 
 def verify_run(path: Path) -> tuple[list[str], str]:

@@ -123,9 +123,23 @@ def _compare(array: StoredArray, first_row: int, fresh: npt.NDArray[Any], found:
         size = np.where(finite, np.abs(stored), 0.0)
         alone = size.shape[1] == 1  # one number per token: its scale is that of the sequence
         allowed = tolerance * (size + np.sqrt(np.mean(size**2, axis=None if alone else 1, keepdims=True)))
+    allowed += _room_of_codes(array, first_row, stored)
     wrong = np.where(finite, gap > allowed, ~((stored == given) | (np.isnan(stored) & np.isnan(given))))
     found.n_values += stored.size
     found.n_wrong += int(wrong.sum())
     found.largest = max(found.largest, float(gap.max(initial=0.0)))
     share = np.divide(gap, allowed, out=np.zeros_like(gap), where=allowed > 0)
     found.largest_share = max(found.largest_share, float(share.max(initial=0.0)))
+
+
+def _room_of_codes(array: StoredArray, first_row: int, stored: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return how far a value may lie from what its code gives: a step of int8, an eighth of a float8."""
+    room = np.zeros_like(stored)
+    kept = array.manifest.quantisation
+    for row in range(len(stored) if kept is not None else 0):
+        step = array.step(first_row + row)
+        assert step is not None
+        room[row] = step.reshape(-1)
+    if kept is not None and kept.code == "float8_e4m3":
+        room = room * 2.0**-9 + np.abs(stored) / 8
+    return room

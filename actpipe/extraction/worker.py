@@ -16,6 +16,7 @@ from actpipe.compute.casting import cast_rows
 from actpipe.compute.next_token import next_token_metrics
 from actpipe.errors import DtypeOverflowError
 from actpipe.extraction.layout import TOKEN_ARRAYS
+from actpipe.extraction.staging import Landing, Staging
 from actpipe.models.capture import Capture
 from actpipe.models.hooked_model import HookedModel
 from actpipe.models.taps import UNEMBED_INPUT
@@ -24,13 +25,16 @@ from actpipe.schemas.manifest import StoreManifest
 from actpipe.schemas.recipe import ExtractActivationsConfig
 from actpipe.stores.layout import RunFolder
 from actpipe.stores.token_table import TokenTable
-from actpipe.stores.writing import PartWriter
+from actpipe.stores.writing import PartWriter, allow_open_files
 from actpipe.streaming import BackgroundWorker
 from actpipe.telemetry import Meter
 from actpipe.text.batching import make_batches
 
 LOGITS_AT_ONCE = 2**25
 """Most logits computed together for the metrics: 128 MiB of float32, whatever the vocabulary."""
+
+PARTS_IN_FLIGHT = 3
+"""Parts that are begun and not committed: one that takes rows, and those that wait for the disk."""
 
 Job = Callable[[], None]
 Runs = tuple[tuple[int, int], ...]
@@ -102,6 +106,7 @@ class ExtractionWorker:
         self._open_part = open_part
         self._tokens = TokenTable(folder)
         self._arrays = {array.path: array for array in manifest.arrays}
+        self._staging = Staging()
         self._capture: Capture
         self._writing: BackgroundWorker[Job]
         self._meter: Meter
@@ -125,9 +130,9 @@ class ExtractionWorker:
 
         `open_part` gives what takes the rows of a part, where that is not the store.
         """
-        worker = cls(
-            config, model, folder, manifest, open_part or partial(PartWriter, folder, manifest, fsync=config.fsync)
-        )
+        allow_open_files(PARTS_IN_FLIGHT * len(manifest.arrays))
+        open_part = open_part or partial(PartWriter, folder, manifest, fsync=config.fsync)
+        worker = cls(config, model, folder, manifest, open_part)
         names = [path.removeprefix("activations/") for path in worker._arrays if path.startswith("activations/")]
         if config.metrics:
             names.append(UNEMBED_INPUT)
@@ -141,6 +146,7 @@ class ExtractionWorker:
 
     def __call__(self, part: Part) -> None:
         """Run every sequence that has a row in the part, and hand the part over for its commit."""
+        self._writing.wait_until(lambda: len(self._unfinished) < PARTS_IN_FLIGHT)
         sequences = list(self._tokens.read_sequences(part.row_start, part.row_stop))
         self._writer = self._open_part(part)
         self._unfinished.add(self._writer)
@@ -237,11 +243,13 @@ class ExtractionWorker:
             self._store(f"tokens/{name}", torch.from_numpy(np.concatenate(pieces).astype(TOKEN_ARRAYS[name])))
 
     def _store(self, path: str, rows: torch.Tensor) -> None:
-        data = rows.reshape(len(rows), -1).contiguous().cpu().view(torch.uint8).numpy()
-        self._writing.put(partial(self._write, self._writer, path, data, self._placement.runs), data.nbytes)
+        landing = self._staging.send(rows)
+        self._writing.put(partial(self._write, self._writer, path, landing, self._placement.runs), landing.n_bytes)
 
-    def _write(self, writer: PartSink, path: str, data: npt.NDArray[np.uint8], runs: Runs) -> None:
+    def _write(self, writer: PartSink, path: str, landing: Landing, runs: Runs) -> None:
         start = 0
-        for first_row, count in runs:
-            self._meter.advance(n_bytes=writer.write(path, first_row, data[start : start + count]))
-            start += count
+        with landing.bytes() as data:
+            rows = data.reshape(sum(count for _, count in runs), -1)
+            for first_row, count in runs:
+                self._meter.advance(n_bytes=writer.write(path, first_row, rows[start : start + count]))
+                start += count

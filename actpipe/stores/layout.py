@@ -16,7 +16,9 @@ import google_crc32c
 from actpipe.errors import StorageError
 
 MAIN_CORPUS = "main"
-_READ_BYTES = 2**24
+_READ_BYTES = 2**20
+_COPY_BYTES = 2**16
+"""The checksum takes `bytes` only; copies of this size stay in the processor's cache."""
 _WAYS_OUT = {
     errno.ENOSPC: "free some space",
     errno.EDQUOT: "free some space, or have the quota raised",
@@ -172,12 +174,19 @@ def move(path: Path, to: Path) -> None:
 
 
 def crc32c_of(path: Path) -> str:
-    """Return the CRC-32C of a file as eight hexadecimal digits, reading 16 MiB at a time."""
+    """Return the CRC-32C of a file as eight hexadecimal digits."""
     checksum = 0
-    with path.open("rb") as file:
+    with path.open("rb", buffering=0) as file:
         while piece := file.read(_READ_BYTES):
             checksum = google_crc32c.extend(checksum, piece)
     return f"{checksum:08x}"
+
+
+def extend_crc32c(checksum: int, data: memoryview) -> int:
+    """Return the CRC-32C of what had `checksum` followed by `data`."""
+    for start in range(0, len(data), _COPY_BYTES):
+        checksum = google_crc32c.extend(checksum, data[start : start + _COPY_BYTES].tobytes())
+    return checksum
 
 
 def sha256_of(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -11,30 +12,42 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from actpipe.compute.quantising import dequantise
 from actpipe.errors import IncompleteStoreError, UnknownHookError, did_you_mean
 from actpipe.hooks import BlockShape, ModelShape
 from actpipe.planning import count_parts, plan_parts
-from actpipe.schemas.manifest import ArrayManifest, StoreManifest
+from actpipe.schemas.manifest import ArrayManifest, Quantisation, StoreManifest
 from actpipe.stores.dtypes import numpy_dtype
+from actpipe.stores.encoding import Codec, decompress, row_bytes
+from actpipe.stores.fidelity import FidelitySummary, read_fidelity
 from actpipe.stores.layout import RunFolder
 from actpipe.stores.token_table import TokenTable
-from actpipe.stores.writing import chunk_path, missing_parts, read_manifest
+from actpipe.stores.writing import missing_parts, read_manifest
 
 _OPEN_CHUNKS = 512
+_UNPACKED_CHUNKS = 8
+"""Decompressed chunks that stay in memory, so that neighbouring rows are not unpacked again and again."""
 
 
-def _map_chunk(path: Path, dtype: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
-    """Map a chunk file into memory; only what is touched is read."""
+def _open_chunk(path: Path, dtype: str, shape: tuple[int, ...], codec: Codec) -> npt.NDArray[Any]:
+    """Open a chunk file: mapped, so that only what is touched is read, or decompressed whole."""
     status = path.stat()
-    return _map_file(path, dtype, shape, (status.st_ino, status.st_mtime_ns))
+    version = (status.st_ino, status.st_mtime_ns)
+    opened = _map_file(path, version) if codec == "none" else _unpack_file(path, codec, version)
+    return opened.view(numpy_dtype(dtype)).reshape(shape)
 
 
 @lru_cache(maxsize=_OPEN_CHUNKS)
-def _map_file(path: Path, dtype: str, shape: tuple[int, ...], version: tuple[int, int]) -> npt.NDArray[Any]:
+def _map_file(path: Path, version: tuple[int, int]) -> npt.NDArray[np.uint8]:
     """Map one version of a file: a chunk that was written anew is mapped anew."""
     del version
-    raw = np.memmap(path, mode="r", dtype=np.uint8)
-    return np.asarray(raw).view(numpy_dtype(dtype)).reshape(shape)
+    return decompress("none", path)
+
+
+@lru_cache(maxsize=_UNPACKED_CHUNKS)
+def _unpack_file(path: Path, codec: Codec, version: tuple[int, int]) -> npt.NDArray[np.uint8]:
+    del version
+    return decompress(codec, path)
 
 
 @dataclass(frozen=True)
@@ -45,6 +58,7 @@ class StoredArray:
     manifest: ArrayManifest
     n_rows: int
     rows_per_part: int
+    codec: Codec = "none"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -58,36 +72,65 @@ class StoredArray:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Element type on disk."""
+        """Element type that is read; on disk too, unless the array is quantised."""
         return numpy_dtype(self.manifest.dtype)
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one row."""
-        return int(np.prod(self.manifest.row_shape, dtype=np.int64)) * self.dtype.itemsize
+        """Bytes of one row on disk, before compression."""
+        return row_bytes(self.manifest)
 
     def part(self, index: int) -> npt.NDArray[Any]:
-        """Return one part, mapped and not yet read.
+        """Return one part: mapped and not yet read where it is neither compressed nor quantised.
 
         Raises:
             IncompleteStoreError: The part is not there.
         """
-        path = self.store / chunk_path(self.manifest, index)
-        if not path.is_file():
+        return self._rows_of(index, slice(0, self.n_rows - index * self.rows_per_part))
+
+    def _rows_of(self, part: int, rows: slice | npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+        """Return rows of one part, counted from its first."""
+        kept, shape = self.manifest.quantisation, self.manifest.row_shape
+        if kept is None:
+            return self._chunk(self.manifest.path, part, self.manifest.dtype, (self.rows_per_part, *shape))[rows]
+        code = "int8" if kept.code == "int8" else "uint8"
+        codes = self._chunk(self.manifest.path, part, code, (self.rows_per_part, *shape))[rows]
+        return self._scaled(kept, part, rows, codes)
+
+    def _scaled(
+        self, kept: Quantisation, part: int, rows: slice | npt.NDArray[np.int64], codes: npt.NDArray[Any]
+    ) -> npt.NDArray[np.float32]:
+        """Return codes of rows of one part times their scales."""
+        shape = self.manifest.row_shape
+        values = math.prod(shape)
+        scales = self._chunk(kept.row_scales, part, "float32", (self.rows_per_part, -(-values // kept.block)))
+        channels = self._chunk(kept.channel_scales, part, "float32", (1, *shape)).reshape(values)
+        return dequantise(codes.reshape(-1, values), scales[rows], channels, kept.block).reshape(-1, *shape)
+
+    def step(self, row: int) -> npt.NDArray[np.float32] | None:
+        """Return by how much each value of a row changes with its code by 1; None where it is not quantised."""
+        kept = self.manifest.quantisation
+        if kept is None:
+            return None
+        part, offset = divmod(row, self.rows_per_part)
+        ones = np.ones((1, *self.manifest.row_shape), np.int8)
+        return self._scaled(kept, part, slice(offset, offset + 1), ones)[0]
+
+    def _chunk(self, path: str, part: int, dtype: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+        file = self.store.joinpath(path, "c", str(part), *("0" for _ in shape[1:]))
+        if not file.is_file():
             raise IncompleteStoreError(
-                f"part {index} of {self.manifest.path} is not there: {path} is missing; "
-                "run the recipe again to finish the store"
+                f"part {part} of {path} is not there: {file} is missing; run the recipe again to finish the store"
             )
-        chunk = _map_chunk(path, self.manifest.dtype, (self.rows_per_part, *self.manifest.row_shape))
-        return chunk[: self.n_rows - index * self.rows_per_part]
+        return _open_chunk(file, dtype, shape, self.codec)
 
     def read(self, start: int, stop: int) -> npt.NDArray[Any]:
         """Return rows `[start, stop)`; a view of the mapped file where one part holds them all."""
         first, last = start // self.rows_per_part, max(start, stop - 1) // self.rows_per_part
-        pieces = [
-            self.part(part)[max(0, start - part * self.rows_per_part) : stop - part * self.rows_per_part]
-            for part in range(first, last + 1)
-        ]
+        pieces = []
+        for part in range(first, last + 1):
+            offset = part * self.rows_per_part
+            pieces.append(self._rows_of(part, slice(max(0, start - offset), min(stop - offset, self.rows_per_part))))
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def take(self, indices: npt.ArrayLike) -> npt.NDArray[Any]:
@@ -109,7 +152,7 @@ class StoredArray:
         parts = wanted // self.rows_per_part
         for part in np.unique(parts):
             chosen = np.flatnonzero(parts == part)
-            result[chosen] = self.part(int(part))[wanted[chosen] - part * self.rows_per_part]
+            result[chosen] = self._rows_of(int(part), wanted[chosen] - part * self.rows_per_part)
         return result
 
     def __getitem__(self, key: Any) -> npt.NDArray[Any]:
@@ -227,6 +270,11 @@ class ActivationStore:
         return tuple(array.path for array in self.manifest.arrays)
 
     @cached_property
+    def fidelity(self) -> dict[str, FidelitySummary]:
+        """What quantising did to the values, by array; empty where nothing is quantised."""
+        return read_fidelity(self.folder)
+
+    @cached_property
     def tokens(self) -> TokenTable:
         """The token table that the store was made from."""
         return TokenTable(self.folder)
@@ -249,7 +297,8 @@ class ActivationStore:
                 f"`actpipe info {self.folder.root}` lists{did_you_mean(name, self._by_name)}"
             )
         manifest = self._by_name[name]
-        return StoredArray(self.folder.store.resolve(), manifest, self.n_rows, self.manifest.rows_per_part)
+        rows_per_part, codec = self.manifest.rows_per_part, self.manifest.codec
+        return StoredArray(self.folder.store.resolve(), manifest, self.n_rows, rows_per_part, codec)
 
     def __getitem__(self, name: str) -> Any:
         """Return one array as a Dask array whose blocks are the parts, mapped from disk."""

@@ -18,13 +18,13 @@ from actpipe.records import Part
 from actpipe.schemas.commit import ChunkRecord, Commit
 from actpipe.schemas.manifest import StoreManifest
 from actpipe.schemas.results import ResultRecord
+from actpipe.stores.encoding import chunk_paths
 from actpipe.stores.layout import RunFolder, crc32c_of, sha256_of
 from actpipe.stores.token_table import TokenTable
 from actpipe.stores.writing import (
     ATTRIBUTE,
     CHECKSUM,
     checksum_of,
-    chunk_paths,
     metadata_of,
     missing_parts,
     read_commit,
@@ -169,7 +169,7 @@ def _part_problems(folder: RunFolder, manifest: StoreManifest, part: Part, progr
         commit = read_commit(path)
     except ValidationError as error:
         return [Problem(path.name, f"is no commit record ({_first_line(error)})", Remedy.PART, path)]
-    wanted = {chunk for array in manifest.arrays for chunk in chunk_paths(array, part.index)}
+    wanted = {chunk for array in manifest.arrays for chunk in chunk_paths(manifest, array, part.index)}
     rows = (commit.part, commit.row_start, commit.row_stop)
     if {chunk.path for chunk in commit.chunks} != wanted or rows != (part.index, part.row_start, part.row_stop):
         return [Problem(path.name, "does not belong to this store's manifest", Remedy.PART, path)]
@@ -202,7 +202,7 @@ def _foreign_files(folder: RunFolder, manifest: StoreManifest, parts: tuple[Part
 
     Chunks of parts that are not committed are on their way.
     """
-    ours = {chunk for part in parts for array in manifest.arrays for chunk in chunk_paths(array, part.index)}
+    ours = {chunk for part in parts for array in manifest.arrays for chunk in chunk_paths(manifest, array, part.index)}
     ours |= {f"{path}/zarr.json".removeprefix("/") for path in metadata_of(manifest)}
     for path in sorted(folder.store.rglob("*")):
         relative = path.relative_to(folder.store).as_posix()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
+import resource
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import google_crc32c
 import numpy as np
@@ -16,16 +19,19 @@ import numpy.typing as npt
 import zarr
 from zarr.storage import MemoryStore
 
-from actpipe.errors import IncompleteStoreError, StoreMismatchError
+from actpipe.errors import IncompleteStoreError, StorageError, StoreMismatchError
 from actpipe.records import Part
-from actpipe.schemas.commit import ChunkRecord, Commit
+from actpipe.schemas.commit import ChunkRecord, Commit, Fidelity
 from actpipe.schemas.manifest import ArrayManifest, StoreManifest
-from actpipe.stores.dtypes import fill_value, numpy_dtype
-from actpipe.stores.layout import RunFolder, crc32c_of, move, sync, sync_tree, write_whole
+from actpipe.stores.dtypes import numpy_dtype
+from actpipe.stores.encoding import compress, quantise_file, zarr_arrays, zarr_codec
+from actpipe.stores.layout import RunFolder, crc32c_of, extend_crc32c, move, sync, sync_tree, write_whole
 
+Fsync = Literal["none", "commit", "always"]
 _PART_RECORD = re.compile(r"part-(\d{8})\.json")
 ATTRIBUTE = "actpipe"
 """Key of the manifest in the attributes of the Zarr group."""
+_OTHER_FILES = 256
 CHECKSUM = "actpipe_crc32c"
 """Key of its checksum beside it; absent in stores of early releases."""
 
@@ -55,17 +61,18 @@ def create_store(folder: RunFolder, manifest: StoreManifest) -> None:
 def _make_group(store: Any, manifest: StoreManifest) -> None:
     group = zarr.create_group(store, zarr_format=3)
     for array in manifest.arrays:
-        dtype = numpy_dtype(array.dtype)
-        group.create_array(
-            array.path,
-            shape=(manifest.n_rows, *array.row_shape),
-            chunks=(manifest.rows_per_part, *array.row_shape),
-            dtype=array.dtype,
-            compressors=None,
-            filters=None,
-            fill_value=fill_value(dtype),
-            dimension_names=array.axes,
-        )
+        for each in zarr_arrays(manifest, array):
+            group.create_array(
+                each.path,
+                shape=each.shape,
+                chunks=each.chunk,
+                dtype=each.dtype,
+                compressors=zarr_codec(manifest.codec),
+                filters=None,
+                fill_value=each.fill_value,
+                dimension_names=each.axes,
+                attributes=each.attributes,
+            )
     record = manifest.model_dump(mode="json")
     group.attrs.update({ATTRIBUTE: record, CHECKSUM: checksum_of(record)})
 
@@ -119,23 +126,93 @@ def read_manifest(folder: RunFolder) -> StoreManifest:
         ) from error
 
 
-def chunk_path(array: ArrayManifest, part: int) -> str:
-    """Return the path of one array's chunk of one part, relative to the Zarr group."""
-    return "/".join([array.path, "c", str(part), *("0" for _ in array.row_shape)])
+def allow_open_files(wanted: int) -> None:
+    """Raise this process's limit of open files to so many more than usual, as far as the system lets it.
+
+    Raises:
+        StorageError: The system does not; says both numbers.
+    """
+    wanted += _OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft >= wanted or soft == resource.RLIM_INFINITY:
+        return
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        raise StorageError(
+            f"cannot write: so many arrays need {wanted:,} open files, and this system allows {hard:,}; "
+            "raise that limit (`ulimit -n`), or store fewer hooks"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def chunk_paths(array: ArrayManifest, part: int) -> tuple[str, ...]:
-    """Return the paths of all chunks that hold one part of an array, relative to the Zarr group."""
-    return (chunk_path(array, part),)
+class _RawFile:
+    """A file of its final size that takes rows in any order, and sums up its checksum where they come in order."""
+
+    def __init__(self, path: Path, n_bytes: int) -> None:
+        self.path = path
+        self._n_bytes = n_bytes
+        self._descriptor: int | None = os.open(path, os.O_CREAT | os.O_RDWR | os.O_EXCL, 0o644)
+        self._checksum = 0
+        self._in_order = 0
+        """Bytes from the start that came in order; the checksum is theirs."""
+        self._written = 0
+        try:
+            os.ftruncate(self._descriptor, n_bytes)
+        except OSError:
+            self.close()
+            raise
+
+    def write(self, data: memoryview, position: int, pool: ThreadPoolExecutor) -> None:
+        """Write bytes at a position; those that follow on are summed up meanwhile."""
+        follows_on = position == self._in_order
+        if follows_on:
+            summing = pool.submit(extend_crc32c, self._checksum, data)
+        self._put(data, position)
+        if follows_on:
+            self._checksum, self._in_order = summing.result(), position + len(data)
+
+    def _put(self, data: memoryview, position: int) -> None:
+        assert self._descriptor is not None
+        written = 0
+        while written < len(data):
+            written += os.pwrite(self._descriptor, data[written:], position + written)
+        self._written += written
+
+    def checksum(self) -> str:
+        """Return the CRC-32C of the whole file, the part that was never written included: it is zeros."""
+        if self._in_order < self._written:
+            return crc32c_of(self.path)
+        rest, zeros = self._n_bytes - self._in_order, memoryview(bytes(2**20))
+        for start in range(0, rest, len(zeros)):
+            self._checksum = extend_crc32c(self._checksum, zeros[: rest - start])
+        self._in_order = self._n_bytes
+        return f"{self._checksum:08x}"
+
+    def force(self) -> None:
+        """Force what was written to the disk."""
+        assert self._descriptor is not None
+        os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        """Close the file; once is enough."""
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 class PartWriter:
     """Takes the rows of one part in any order, then commits the part as a whole.
 
-    Rows go straight into files of their final size, so memory does not grow with the part.
+    Rows go straight into files of their final size, so memory does not grow with the part. Compressing
+    and quantising happen at the commit, part by part, so that they do not depend on the batches.
+
+    Args:
+        folder: The corpus.
+        manifest: What the store holds.
+        part: The rows that will come.
+        fsync: When bytes are forced to the disk: `none`, `commit` or `always`.
     """
 
-    def __init__(self, folder: RunFolder, manifest: StoreManifest, part: Part, *, fsync: bool) -> None:
+    def __init__(self, folder: RunFolder, manifest: StoreManifest, part: Part, *, fsync: Fsync) -> None:
         self._folder = folder
         self._manifest = manifest
         self._part = part
@@ -143,17 +220,19 @@ class PartWriter:
         self._partial = folder.new_partial(f"part-{part.index:08d}")
         self._arrays = {array.path: array for array in manifest.arrays}
         self._row_bytes = {
-            array.path: int(np.prod(array.row_shape, dtype=np.int64)) * numpy_dtype(array.dtype).itemsize
-            for array in manifest.arrays
+            array.path: math.prod(array.row_shape) * numpy_dtype(array.dtype).itemsize for array in manifest.arrays
         }
         self._rows_written = dict.fromkeys(self._arrays, 0)
         self._n_clipped: dict[str, int] = {}
-        self._files = {path: self._create(path) for path in self._arrays}
-
-    def _create(self, array: str) -> int:
-        descriptor = os.open(self._partial / array.replace("/", "%"), os.O_CREAT | os.O_RDWR | os.O_EXCL, 0o644)
-        os.ftruncate(descriptor, self._manifest.rows_per_part * self._row_bytes[array])
-        return descriptor
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="actpipe-checksum")
+        self._files: dict[str, _RawFile] = {}
+        try:
+            for path, row_bytes in self._row_bytes.items():
+                name = self._partial / path.replace("/", "%")
+                self._files[path] = _RawFile(name, manifest.rows_per_part * row_bytes)
+        except OSError:
+            self.abandon()
+            raise
 
     def write(self, array: str, first_row: int, rows: npt.NDArray[Any]) -> int:
         """Write consecutive rows of one array; `first_row` counts from the start of the store.
@@ -165,53 +244,76 @@ class PartWriter:
         assert 0 <= offset <= self._part.n_rows - len(rows), "rows must lie within the part"
         data = np.ascontiguousarray(rows).view(np.uint8).data.cast("B")
         assert len(data) == len(rows) * self._row_bytes[array], f"rows of {array} have the wrong shape or type"
-        position, written = offset * self._row_bytes[array], 0
-        while written < len(data):
-            written += os.pwrite(self._files[array], data[written:], position + written)
+        file = self._files[array]
+        file.write(data, offset * self._row_bytes[array], self._pool)
+        if self._fsync == "always":
+            file.force()
         self._rows_written[array] += len(rows)
-        return written
+        return len(data)
 
     def count_clipped(self, array: str, count: int) -> None:
         """Note that values were clipped, for the commit record."""
         self._n_clipped[array] = self._n_clipped.get(array, 0) + count
 
     def commit(self) -> None:
-        """Put every chunk in its place, then the record that makes the part count."""
+        """Put every chunk in its place, then the record that makes the part count.
+
+        Raises:
+            DtypeOverflowError: A value is not finite, and quantised arrays keep finite ones only.
+        """
         for array, rows in self._rows_written.items():
             assert rows == self._part.n_rows, f"{array}: {rows} of {self._part.n_rows} rows were written"
-        chunks = tuple(self._place(array) for array in self._arrays.values())
+        fidelity: dict[str, Fidelity] = {}
+        finished = [chunk for array in self._arrays.values() for chunk in self._finish(array, fidelity)]
+        records = tuple(record for _, record in finished)
+        self._place(finished)
         commit = Commit(
+            schema_version=2 if fidelity else 1,
             part=self._part.index,
             row_start=self._part.row_start,
             row_stop=self._part.row_stop,
             n_clipped=dict(sorted(self._n_clipped.items())),
-            chunks=chunks,
+            fidelity=fidelity,
+            chunks=records,
         )
         write_whole(self._folder.part_commit(self._part.index), commit.to_json().encode())
         self.abandon()
 
-    def _place(self, array: ArrayManifest) -> ChunkRecord:
-        temporary = self._partial / array.path.replace("/", "%")
-        descriptor = self._files.pop(array.path)
-        try:
-            if self._fsync:
-                os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        path = chunk_path(array, self._part.index)
-        record = ChunkRecord(path=path, n_bytes=temporary.stat().st_size, crc32c=crc32c_of(temporary))
-        final = self._folder.store / path
-        final.parent.mkdir(parents=True, exist_ok=True)
-        temporary.replace(final)
-        if self._fsync:
-            sync(final.parent)
-        return record
+    def _finish(self, array: ArrayManifest, fidelity: dict[str, Fidelity]) -> Iterator[tuple[Path, ChunkRecord]]:
+        """Yield the finished chunk files of one array, on the disk as far as the policy asks for."""
+        raw = self._files[array.path]
+        plain = array.quantisation is None and self._manifest.codec == "none"
+        if plain and self._fsync != "none":
+            raw.force()
+        raw.close()
+        files: tuple[Path, ...] = (raw.path,)
+        if array.quantisation is not None:
+            files, fidelity[array.path] = quantise_file(
+                raw.path, array, self._part.n_rows, self._manifest.rows_per_part
+            )
+        for file, each in zip(files, zarr_arrays(self._manifest, array), strict=True):
+            chunk = compress(self._manifest.codec, file, numpy_dtype(each.dtype))
+            if not plain and self._fsync != "none":
+                sync(chunk)
+            checksum = raw.checksum() if plain else crc32c_of(chunk)
+            path = each.chunk_path(self._part.index)
+            yield chunk, ChunkRecord(path=path, n_bytes=chunk.stat().st_size, crc32c=checksum)
+
+    def _place(self, finished: list[tuple[Path, ChunkRecord]]) -> None:
+        places = [self._folder.store / record.path for _, record in finished]
+        for (file, _), place in zip(finished, places, strict=True):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            file.replace(place)
+        if self._fsync != "none":
+            new = (parent for place in places for parent in (place.parent, place.parent.parent))
+            for parent in dict.fromkeys(new):
+                sync(parent)
 
     def abandon(self) -> None:
         """Close and remove what was not committed."""
-        for descriptor in self._files.values():
-            os.close(descriptor)
-        self._files = {}
+        self._pool.shutdown()
+        for file in self._files.values():
+            file.close()
         shutil.rmtree(self._partial, ignore_errors=True)
 
 

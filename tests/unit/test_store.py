@@ -185,7 +185,7 @@ class TestWriting:
         parts = list(plan_parts(n_rows, rows_per_part))
         random.shuffle(parts)
         for part in parts:
-            writer = PartWriter(folder, plan, part, fsync=False)
+            writer = PartWriter(folder, plan, part, fsync="none")
             rows = list(range(part.row_start, part.row_stop))
             random.shuffle(rows)
             for row in rows:
@@ -204,7 +204,7 @@ class TestWriting:
     def test_a_part_with_a_row_missing_is_never_committed(self, tmp_path):
         folder, plan = RunFolder(tmp_path), manifest(4, 4, "float32")
         create_store(folder, plan)
-        writer = PartWriter(folder, plan, plan_parts(4, 4)[0], fsync=False)
+        writer = PartWriter(folder, plan, plan_parts(4, 4)[0], fsync="none")
         writer.write("metrics/y", 0, np.zeros(4, np.float32))
         writer.write("activations/x", 0, np.zeros((3, 3, 2), np.float32))
 
@@ -216,7 +216,7 @@ class TestWriting:
     def test_rows_outside_the_part_are_refused(self, tmp_path):
         folder, plan = RunFolder(tmp_path), manifest(8, 4, "float32")
         create_store(folder, plan)
-        writer = PartWriter(folder, plan, plan_parts(8, 4)[0], fsync=False)
+        writer = PartWriter(folder, plan, plan_parts(8, 4)[0], fsync="none")
 
         with pytest.raises(AssertionError, match="within the part"):
             writer.write("metrics/y", 3, np.zeros(2, np.float32))
