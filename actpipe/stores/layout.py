@@ -135,20 +135,22 @@ def disk_trouble_explained(folder: RunFolder) -> Iterator[None]:
         ) from error
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that it is either there whole or not at all, power loss included."""
+def write_whole(path: Path, data: bytes, *, force: bool = True) -> None:
+    """Write a file so that it is either there whole or not at all, power loss included unless `force` is off."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
     try:
         with temporary.open("wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            if force:
+                os.fsync(file.fileno())
         temporary.replace(path)
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
-    sync(path.parent)
+    if force:
+        sync(path.parent)
 
 
 def sync(path: Path) -> None:

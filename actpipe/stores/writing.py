@@ -9,7 +9,6 @@ import re
 import resource
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +31,7 @@ _PART_RECORD = re.compile(r"part-(\d{8})\.json")
 ATTRIBUTE = "actpipe"
 """Key of the manifest in the attributes of the Zarr group."""
 _OTHER_FILES = 256
+_PIECE_BYTES = 2**20
 CHECKSUM = "actpipe_crc32c"
 """Key of its checksum beside it; absent in stores of early releases."""
 
@@ -145,7 +145,10 @@ def allow_open_files(wanted: int) -> None:
 
 
 class _RawFile:
-    """A file of its final size that takes rows in any order, and sums up its checksum where they come in order."""
+    """A file that takes rows in any order, and sums up its checksum where they come in order.
+
+    Its room is taken at once, so that a full disk shows before the forward passes of the part.
+    """
 
     def __init__(self, path: Path, n_bytes: int) -> None:
         self.path = path
@@ -156,19 +159,19 @@ class _RawFile:
         """Bytes from the start that came in order; the checksum is theirs."""
         self._written = 0
         try:
-            os.ftruncate(self._descriptor, n_bytes)
+            os.posix_fallocate(self._descriptor, 0, n_bytes)
         except OSError:
             self.close()
             raise
 
-    def write(self, data: memoryview, position: int, pool: ThreadPoolExecutor) -> None:
-        """Write bytes at a position; those that follow on are summed up meanwhile."""
-        follows_on = position == self._in_order
-        if follows_on:
-            summing = pool.submit(extend_crc32c, self._checksum, data)
-        self._put(data, position)
-        if follows_on:
-            self._checksum, self._in_order = summing.result(), position + len(data)
+    def write(self, data: memoryview, position: int) -> None:
+        """Write bytes at a position, in pieces that are still in the processor's cache from their checksum."""
+        for start in range(0, len(data), _PIECE_BYTES):
+            piece = data[start : start + _PIECE_BYTES]
+            if position + start == self._in_order:
+                self._checksum = extend_crc32c(self._checksum, piece)
+                self._in_order += len(piece)
+            self._put(piece, position + start)
 
     def _put(self, data: memoryview, position: int) -> None:
         assert self._descriptor is not None
@@ -181,7 +184,7 @@ class _RawFile:
         """Return the CRC-32C of the whole file, the part that was never written included: it is zeros."""
         if self._in_order < self._written:
             return crc32c_of(self.path)
-        rest, zeros = self._n_bytes - self._in_order, memoryview(bytes(2**20))
+        rest, zeros = self._n_bytes - self._in_order, memoryview(bytes(_PIECE_BYTES))
         for start in range(0, rest, len(zeros)):
             self._checksum = extend_crc32c(self._checksum, zeros[: rest - start])
         self._in_order = self._n_bytes
@@ -224,7 +227,6 @@ class PartWriter:
         }
         self._rows_written = dict.fromkeys(self._arrays, 0)
         self._n_clipped: dict[str, int] = {}
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="actpipe-checksum")
         self._files: dict[str, _RawFile] = {}
         try:
             for path, row_bytes in self._row_bytes.items():
@@ -245,7 +247,7 @@ class PartWriter:
         data = np.ascontiguousarray(rows).view(np.uint8).data.cast("B")
         assert len(data) == len(rows) * self._row_bytes[array], f"rows of {array} have the wrong shape or type"
         file = self._files[array]
-        file.write(data, offset * self._row_bytes[array], self._pool)
+        file.write(data, offset * self._row_bytes[array])
         if self._fsync == "always":
             file.force()
         self._rows_written[array] += len(rows)
@@ -276,7 +278,8 @@ class PartWriter:
             fidelity=fidelity,
             chunks=records,
         )
-        write_whole(self._folder.part_commit(self._part.index), commit.to_json().encode())
+        record = self._folder.part_commit(self._part.index)
+        write_whole(record, commit.to_json().encode(), force=self._fsync != "none")
         self.abandon()
 
     def _finish(self, array: ArrayManifest, fidelity: dict[str, Fidelity]) -> Iterator[tuple[Path, ChunkRecord]]:
@@ -311,7 +314,6 @@ class PartWriter:
 
     def abandon(self) -> None:
         """Close and remove what was not committed."""
-        self._pool.shutdown()
         for file in self._files.values():
             file.close()
         shutil.rmtree(self._partial, ignore_errors=True)

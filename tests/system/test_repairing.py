@@ -177,7 +177,7 @@ class TestDeepVerification:
 
 STEPS = {
     "open": "actpipe.stores.writing.os.open",
-    "size": "actpipe.stores.writing.os.ftruncate",
+    "size": "actpipe.stores.writing.os.posix_fallocate",
     "write": "actpipe.stores.writing.os.pwrite",
     "force": "actpipe.stores.layout.os.fsync",
     "folder": "pathlib.Path.mkdir",
