@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -33,6 +34,10 @@ Set = Annotated[
     typer.Option(
         "--set", metavar="KEY=VALUE", help="Change a setting: model.dtype=float16, tokenize_text.max_tokens=1000."
     ),
+]
+RecipeOfRun = Annotated[
+    Path | None,
+    typer.Option("--recipe", help="Recipe of the run, where its paths are relative to it.", show_default=False),
 ]
 Revision = Annotated[
     str | None, typer.Option("--revision", help="Branch, tag or commit on the hub.", show_default=False)
@@ -117,17 +122,62 @@ def info(run: Run) -> None:
 
 
 @app.command()
-def verify(run: Run) -> None:
+def verify(
+    run: Run,
+    deep: Annotated[bool, typer.Option("--deep", help="Run some sequences again and compare the values.")] = False,
+    sequences: Annotated[int, typer.Option(min=1, help="How many sequences --deep runs.")] = 16,
+    seed: Annotated[int, typer.Option(min=0, help="Which sequences --deep draws.")] = 0,
+    recipe: RecipeOfRun = None,
+) -> None:
     """Compare every file of a run with its commit record and checksum. Exits with 1 where one differs."""
     from actpipe.describing import verify_run
 
     problems, n_bytes = verify_run(run)
     console = new_console()
-    for problem in problems:
-        console.print(f"[red]wrong[/] {escape(problem)}", highlight=False, soft_wrap=True)
+    _print_problems(console, "wrong", problems)
     if problems:
+        console.print("`actpipe repair` does the broken parts again", highlight=False)
         raise typer.Exit(1)
+    if deep:
+        from actpipe.repairing import recheck_run
+
+        findings, holds = recheck_run(run, n_sequences=sequences, seed=seed, recipe=recipe)
+        for finding in findings:
+            print_finding(console, finding)
+        if not holds:
+            raise typer.Exit(1)
     console.print(f"all is well: {n_bytes} checked", highlight=False)
+
+
+@app.command()
+def repair(run: Run, recipe: RecipeOfRun = None) -> None:
+    """Do again what `verify` finds missing or broken, and nothing else. Files of others are named and left alone."""
+    from actpipe.repairing import repair_run
+
+    summary = repair_run(run, recipe=recipe)
+    console = new_console()
+    _print_problems(console, "mended", map(str, summary.mended))
+    _print_problems(console, "wrong", map(str, summary.left))
+    if summary.left:
+        raise typer.Exit(1)
+    console.print("all is well", highlight=False)
+
+
+@app.command()
+def clean(
+    run: Run, dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files and remove none.")] = False
+) -> None:
+    """Remove what killed runs left half done. What is committed stays, and so do files of others."""
+    from actpipe.describing import clean_run
+
+    console = new_console()
+    for path, size in clean_run(run, dry_run=dry_run):
+        console.print(f"{'would remove' if dry_run else 'removed'} {escape(path)} ({size})", highlight=False)
+
+
+def _print_problems(console: Console, label: str, problems: Iterable[str]) -> None:
+    for problem in problems:
+        console.print(f"[red]{label}[/] {escape(problem)}", highlight=False, soft_wrap=True)
 
 
 _PLAIN_WIDTH = 160

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ruamel.yaml.error import YAMLError
+
 from actpipe.errors import IncompleteStoreError, did_you_mean
 from actpipe.planning import format_bytes
 from actpipe.records import Finding
-from actpipe.stores.layout import RunFolder
+from actpipe.stores.cleaning import abandoned, clear_abandoned, size_of
+from actpipe.stores.layout import RunFolder, disk_trouble_explained
+from actpipe.stores.locking import only_run_in
 from actpipe.stores.reading import ActivationStore
 from actpipe.stores.results import list_results
+from actpipe.stores.run_record import read_record
 from actpipe.stores.token_table import TokenTable
 from actpipe.stores.verifying import chunk_bytes, corpora, find_problems
 from actpipe.stores.writing import committed_parts
@@ -64,8 +69,9 @@ def describe_corpus(name: str, folder: RunFolder) -> list[Finding]:
         ("tokens", f"{tokens.n_rows:,}"),
     ]
     findings = [Finding(f"Corpus {name}", ("", ""), tuple(rows))]
-    if folder.store.is_dir():
+    if folder.has_store:
         findings.append(_describe_store(name, folder))
+        findings += describe_fidelity(ActivationStore(folder))
     results = list_results(folder)
     if results:
         shown = tuple(
@@ -82,7 +88,9 @@ def _describe_store(name: str, folder: RunFolder) -> Finding:
     rows = []
     for array in map(store.array, store.array_names):
         size = format_bytes(array.row_bytes * store.n_rows)
-        rows.append((array.manifest.path, array.manifest.dtype, str(array.shape), size))
+        kept = array.manifest.quantisation
+        dtype = array.manifest.dtype if kept is None else f"{kept.code}, read as {array.manifest.dtype}"
+        rows.append((array.manifest.path, dtype, str(array.shape), size))
     done = len(committed_parts(folder))
     return Finding(
         f"Store of {name}: {model.name}, {model.family}, computed in {model.dtype}",
@@ -93,13 +101,47 @@ def _describe_store(name: str, folder: RunFolder) -> Finding:
     )
 
 
+def describe_fidelity(store: ActivationStore) -> list[Finding]:
+    """Say what quantising did to the values of a store, if it did anything."""
+    rows = tuple(
+        (array.removeprefix("activations/"), f"{found.relative_error:.2%}", f"{found.cosine:.6f}")
+        for array, found in store.fidelity.items()
+    )
+    return [Finding(f"Quantised: {store.manifest.corpus}", ("hook", "relative error", "cosine"), rows)] if rows else []
+
+
 def verify_run(path: Path) -> tuple[list[str], str]:
     """Check every corpus of a run; return what is wrong, and how much was checked."""
     run = open_run(path)
     problems: list[str] = []
+    if run.record.is_file():
+        problems += [f"run.yaml: {what}" for what in _record_problems(run)]
     total = sum(chunk_bytes(folder) for folder in corpora(run).values())
     with Telemetry().progress("verify", total, "B") as meter:
         for name, folder in corpora(run).items():
             prefix = "" if name == "main" else f"{name}: "
-            problems += [prefix + problem for problem in find_problems(folder, meter.advance)]
+            problems += [f"{prefix}{problem}" for problem in find_problems(folder, meter.advance)]
     return problems, format_bytes(total)
+
+
+def _record_problems(run: RunFolder) -> list[str]:
+    """Say why `run.yaml` cannot be read."""
+    try:
+        read_record(run)
+    except (ValueError, YAMLError) as error:
+        return [f"cannot be read ({str(error).splitlines()[0]})"]
+    return []
+
+
+def clean_run(path: Path, *, dry_run: bool = False) -> list[tuple[str, str]]:
+    """Remove what killed runs left half done in a run folder; return the paths and their sizes.
+
+    Raises:
+        StoreMismatchError: A run is at work there, so that nothing is abandoned.
+    """
+    run = open_run(path)
+    with disk_trouble_explained(run), only_run_in(run):
+        found = [(str(left.relative_to(path)), format_bytes(size_of(left))) for left in abandoned(run)]
+        if not dry_run:
+            clear_abandoned(run)
+    return found

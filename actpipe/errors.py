@@ -45,6 +45,10 @@ class IncompleteStoreError(ActpipeError, RuntimeError):
     """A store lacks parts, or an array, that the operation needs."""
 
 
+class StorageError(ActpipeError, OSError):
+    """The disk is full, read-only or out of reach; what is committed stays valid."""
+
+
 class DtypeOverflowError(ActpipeError, OverflowError):
     """Finite activations do not fit the element type they are stored in."""
 

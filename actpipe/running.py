@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from actpipe.models.hooked_model import HookedModel, ModelSpec
 from actpipe.models.loading import ModelSource
 from actpipe.recipes import RecipeText, check_recipe, read_recipe_text, with_overrides
 from actpipe.records import Finding
-from actpipe.schemas.base import Contract
 from actpipe.schemas.manifest import ModelIdentity, RunRecord
 from actpipe.schemas.recipe import (
     AnalysisConfig,
@@ -31,8 +30,11 @@ from actpipe.schemas.recipe import (
     TokenizeTextConfig,
 )
 from actpipe.stage import Plans, RunContext, Stage, check_order, find_stage, foreign_configs
-from actpipe.stores.layout import RunFolder, only_run_in, write_whole
+from actpipe.stores.cleaning import clear_abandoned
+from actpipe.stores.layout import RunFolder, disk_trouble_explained, write_whole
+from actpipe.stores.locking import only_run_in
 from actpipe.stores.results import list_results
+from actpipe.stores.run_record import read_record
 from actpipe.stores.token_table import TokenTable
 from actpipe.stores.verifying import corpora
 from actpipe.telemetry import Telemetry
@@ -74,20 +76,29 @@ def run_recipe(
     Raises:
         ActpipeError: The recipe, the model, the data or what is on disk does not fit; nothing was run.
     """
-    stages, context = _prepare(recipe, out, overrides, telemetry or Telemetry())
+    return run_after(lambda _: None, *prepare(recipe, out, overrides, telemetry or Telemetry()))
+
+
+def run_after(before: Callable[[RunFolder], None], stages: Sequence[Stage], context: RunContext) -> RunSummary:
+    """Run stages; `before` is called once no other run can be in the folder and everything has been checked."""
     folder = context.folder
     _refuse_foreign_folder(folder)
     existed = folder.root.exists()
-    with only_run_in(folder):
+    with disk_trouble_explained(folder), only_run_in(folder):
+        clear_abandoned(folder)
         try:
             _check_everything(stages, context)
         except Exception:
             _leave_no_trace(folder, existed=existed)
             raise
+        before(folder)
         context.telemetry.log = folder.log
-        _write_record(folder, context.recipe, context.spec)
-        _run_stages(stages, context)
-        _write_record(folder, context.recipe, context.spec)
+        try:
+            _write_record(folder, context.recipe, context.spec)
+            _run_stages(stages, context)
+            _write_record(folder, context.recipe, context.spec)
+        finally:
+            clear_abandoned(folder)
     return RunSummary(folder.root, tuple(context.findings))
 
 
@@ -99,14 +110,15 @@ def plan_recipe(
     telemetry: Telemetry | None = None,
 ) -> list[Finding]:
     """Say what a recipe would cost, and leave nothing on disk; arguments and errors are those of `run_recipe`."""
-    stages, context = _prepare(recipe, out, overrides, telemetry or Telemetry())
+    stages, context = prepare(recipe, out, overrides, telemetry or Telemetry())
     _check_everything(stages, context)
     return [stage.plan(context) for stage in stages if isinstance(stage, Plans)]
 
 
-def _prepare(
+def prepare(
     recipe: str | Path | Mapping[str, Any], out: str | Path | None, overrides: Iterable[str], telemetry: Telemetry
 ) -> tuple[list[Stage], RunContext]:
+    """Read a recipe: its stages, and what they are given."""
     text, base = read_any(recipe)
     checked = load_recipe(with_overrides(text, overrides))
     name = checked.name or Path(text.title).stem
@@ -120,7 +132,7 @@ def _check_everything(stages: Sequence[Stage], context: RunContext) -> None:
     folder = context.folder
     check_names(context.recipe.stages)
     check_order(stages, lambda corpus, kind: _is_present(folder.corpus(corpus), kind))
-    _check_against_record(folder, context.recipe, context.spec.identity)
+    check_against_record(folder, context.recipe, context.spec.identity)
     _note_other_libraries(context)
     for stage in stages:
         stage.check(context)
@@ -194,7 +206,7 @@ def _is_present(folder: RunFolder, kind: str) -> bool:
     if kind == "token_table":
         return TokenTable.exists(folder)
     if kind == "store":
-        return folder.store.is_dir()
+        return folder.has_store
     return bool(list_results(folder))
 
 
@@ -224,11 +236,6 @@ def _leave_no_trace(folder: RunFolder, *, existed: bool) -> None:
     if not existed:
         (folder.root / ".lock").unlink(missing_ok=True)
         folder.root.rmdir()
-
-
-def read_record(folder: RunFolder) -> RunRecord:
-    """Read `run.yaml`."""
-    return RunRecord.from_json(json.dumps(YAML(typ="safe").load(folder.record.read_text(encoding="utf-8"))))
 
 
 def _write_record(folder: RunFolder, recipe: Recipe, spec: ModelSpec) -> None:
@@ -266,11 +273,17 @@ def _data_stages(recipe: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [stage for stage in recipe["stages"] if stage["stage"] in names]
 
 
+def _with_defaults(stage: dict[str, Any]) -> dict[str, Any]:
+    """Fill in the settings that a record of an earlier release does not have yet."""
+    (config,) = (config for config in _DATA_STAGES if config.model_fields["stage"].default == stage["stage"])
+    return config.from_json(json.dumps(stage)).model_dump(mode="json")
+
+
 def _stage_key(stage: Mapping[str, Any]) -> tuple[str, str]:
     return stage["stage"], stage["corpus"]
 
 
-def _check_against_record(folder: RunFolder, recipe: Recipe, model: ModelIdentity) -> None:
+def check_against_record(folder: RunFolder, recipe: Recipe, model: ModelIdentity) -> None:
     """Refuse to continue a run whose stored bytes this recipe would make differently.
 
     Analyses may be added, changed and left out: they are computed from what is stored.
@@ -282,13 +295,12 @@ def _check_against_record(folder: RunFolder, recipe: Recipe, model: ModelIdentit
         return
     record = read_record(folder)
     ours = recipe.model_dump(mode="json")
-    before = _completed(ModelConfig, record.recipe["model"])
+    before = ModelConfig.from_json(json.dumps(record.recipe["model"])).model_dump(mode="json")
     differences = _differences("model", before, ours["model"], _NOT_STORED["model"])
     if record.model.fingerprint != model.fingerprint:
-        old = record.model
-        differences.append(f"model: {old.name} ({old.fingerprint[:12]}) -> {model.name} ({model.fingerprint[:12]})")
-    kinds = {config.model_fields["stage"].default: config for config in _DATA_STAGES}
-    earlier = {_stage_key(stage): _completed(kinds[stage["stage"]], stage) for stage in _data_stages(record.recipe)}
+        then = record.model
+        differences.append(f"model: {then.name} ({then.fingerprint[:12]}) -> {model.name} ({model.fingerprint[:12]})")
+    earlier = {_stage_key(stage): stage for stage in map(_with_defaults, _data_stages(record.recipe))}
     for stage in _data_stages(ours):
         key = _stage_key(stage)
         if key in earlier:
@@ -300,11 +312,6 @@ def _check_against_record(folder: RunFolder, recipe: Recipe, model: ModelIdentit
             + "\n  ".join(differences)
             + "\nrun the old recipe, or choose another folder with --out"
         )
-
-
-def _completed(kind: type[Contract], settings: Any) -> dict[str, Any]:
-    """Fill in settings that did not exist when a run began, with what it did without them."""
-    return kind.from_json(json.dumps(settings)).model_dump(mode="json")
 
 
 def _note_other_libraries(context: RunContext) -> None:

@@ -48,6 +48,12 @@ class BackgroundWorker(AbstractContextManager["BackgroundWorker[Item]"], Generic
             self._cost += cost
             self._changed.notify_all()
 
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Wait until a condition holds; it is looked at again after every item that is done."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._error or condition())
+            self._raise_error()
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:

@@ -24,30 +24,15 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from subjects import CONTEXT, D_MODEL, LAYERS, ROOT, SCRATCH, make_model
+from subjects import CONTEXT, D_MODEL, LAYERS, ROOT, SCRATCH, make_model, ready_environment, spread
 
 TRANSFORMER_LENS = "4.3"
-ENVIRONMENT = ROOT / "benchmarks/.envs" / f"transformer-lens-{TRANSFORMER_LENS}"
 WORKER = ROOT / "benchmarks/transformer_lens_worker.py"
 SCORES = ("hook_attn_scores", "hook_pattern")
 N_BATCHES, SEQUENCES = 4, 4
-
-
-def ready_environment() -> Path:
-    """Return the interpreter of an environment with TransformerLens and our torch and transformers."""
-    python, done = ENVIRONMENT / "bin/python", ENVIRONMENT / ".ready"
-    if not done.is_file():
-        print(f"installing TransformerLens {TRANSFORMER_LENS} into {ENVIRONMENT}", flush=True)
-        subprocess.run([sys.executable, "-m", "venv", ENVIRONMENT], check=True)
-        pins = [f"{name}=={version(name).partition('+')[0]}" for name in ("torch", "transformers")]
-        install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        subprocess.run([*install, f"transformer-lens~={TRANSFORMER_LENS}.0", *pins], check=True)
-        done.touch()
-    return python
 
 
 Measured = list[dict[str, float]]
@@ -122,7 +107,7 @@ class Theirs:
     def __init__(self, folder: Path, batches: Path, threads: int) -> None:
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads)}
         self.process = subprocess.Popen(
-            [ready_environment(), WORKER, folder, batches, str(threads)],
+            [ready_environment("transformer-lens", TRANSFORMER_LENS), WORKER, folder, batches, str(threads)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -187,12 +172,6 @@ def show(title: str, n_bytes: int, ours: Measured, theirs: Measured) -> None:
     other = [pair["hooked"] / pair["bare"] for pair in theirs]
     row = f"{title:28} {n_bytes / 1e6:7,.0f} MB {spread(hooked)} {statistics.median(net):11.3f}"
     print(f"{row}    {spread(other)}" if other else row, flush=True)
-
-
-def spread(ratios: list[float]) -> str:
-    """Return the median, and the quartiles."""
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    return f"{middle:6.3f} ({low:.2f} to {high:.2f})"
 
 
 def main() -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
 
 
 class Contract(BaseModel):
@@ -20,3 +20,16 @@ class Contract(BaseModel):
     def to_json(self) -> str:
         """Write as JSON, indented, with a final newline; the same record always gives the same bytes."""
         return self.model_dump_json(indent=1) + "\n"
+
+
+class Without(Contract):
+    """A record whose newer fields are left out where they say nothing, so that earlier readers can read it."""
+
+    without: ClassVar[dict[str, Any]]
+    """Those fields, and the value that says nothing."""
+
+    @model_serializer(mode="wrap")
+    def _serialize(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {
+            key: value for key, value in handler(self).items() if key not in self.without or value != self.without[key]
+        }

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
-from actpipe.schemas.base import Contract
-from pydantic import Field, NonNegativeInt
+from actpipe.schemas.base import Contract, Without
+from pydantic import Field, NonNegativeFloat, NonNegativeInt
 
 Crc32c = Annotated[str, Field(pattern=r"^[0-9a-f]{8}$")]
 
@@ -20,13 +20,31 @@ class ChunkRecord(Contract):
     """CRC-32C (Castagnoli) of the whole file."""
 
 
-class Commit(Contract):
+class Fidelity(Contract):
+    """What quantising did to one array of a part, as sums over its values in float64: they add up over parts."""
+
+    squared: NonNegativeFloat
+    """Of the values."""
+    squared_stored: NonNegativeFloat
+    """Of what is read back."""
+    product: float
+    """Of a value and what is read back for it."""
+    squared_error: NonNegativeFloat
+    """Of the difference."""
+
+
+class Commit(Without):
     """All chunks of one part. Holds nothing that differs between two runs of the same recipe."""
 
-    schema_version: Literal[1] = 1
+    without: ClassVar = {"fidelity": {}}
+
+    schema_version: Literal[1, 2] = 1
+    """2 where arrays are quantised."""
     part: NonNegativeInt
     row_start: NonNegativeInt
     row_stop: NonNegativeInt
     n_clipped: dict[str, int] = Field(default_factory=dict)
     """Values clipped to the largest of the element type, by array, where the recipe asks for clipping."""
+    fidelity: dict[str, Fidelity] = Field(default_factory=dict)
+    """By quantised array."""
     chunks: tuple[ChunkRecord, ...]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
-from actpipe.schemas.base import Contract
+from actpipe.schemas.base import Contract, Without
 from actpipe.schemas.recipe import Name
 from pydantic import Field, NonNegativeInt, PositiveInt
 
@@ -127,23 +127,42 @@ class TokenTableManifest(Contract):
     """CRC-32C of each file of the table, eight hexadecimal digits."""
 
 
-class ArrayManifest(Contract):
+class Quantisation(Contract):
+    """How an array is kept in one byte per value: value = code * row scale of its block * channel scale of its part."""
+
+    code: Literal["int8", "float8_e4m3"]
+    """What a byte is; `float8_e4m3` is stored as its bits, in `uint8`."""
+    block: PositiveInt
+    """Consecutive values of a row (flattened) that share a row scale."""
+    row_scales: str
+    """Path of the array (row, block), float32."""
+    channel_scales: str
+    """Path of the array (part, ...), float32: one row of scales for each part."""
+
+
+class ArrayManifest(Without):
     """One array of a store."""
+
+    without: ClassVar = {"quantisation": None}
 
     path: str
     """Path in the Zarr group: `activations/blocks.3.hook_resid_post`."""
     dtype: str
+    """Element type that is read; on disk too, unless the array is quantised."""
     row_shape: tuple[PositiveInt, ...]
     """Shape of one row; empty for one number per token."""
     axes: tuple[str, ...]
     """Names of the axes, `row` first; Zarr's `dimension_names`."""
+    quantisation: Quantisation | None = None
+    """How it is kept in one byte per value, if it is."""
 
 
 class StoreManifest(Contract):
     """The store as a whole; kept in the attributes of its Zarr group."""
 
     format: Literal["actpipe-store"] = "actpipe-store"
-    schema_version: Literal[1] = 1
+    schema_version: Literal[1, 2] = 1
+    """2 where a codec or quantisation is used, which readers of version 1 do not know."""
     corpus: Name
     n_rows: NonNegativeInt
     rows_per_part: PositiveInt
@@ -151,8 +170,8 @@ class StoreManifest(Contract):
     context_length: PositiveInt
     convention: Literal["native", "processed"] = "native"
     """Values are the native model's own, or those after TransformerLens 2.16's default weight processing."""
-    codec: Literal["none"] = "none"
-    """Chunk files hold the row-major array, little-endian, and nothing else."""
+    codec: Literal["none", "zstd", "blosc"] = "none"
+    """What a chunk file holds: the row-major array, little-endian, as it is or compressed as its `zarr.json` says."""
     model: ModelIdentity
     shape: ShapeRecord
     arrays: tuple[ArrayManifest, ...]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Literal, Self
 
 from actpipe.schemas.base import Contract
-from pydantic import Field, NonNegativeInt, PositiveInt, StringConstraints, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, StringConstraints, field_validator, model_validator
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=64)]
 NonEmpty = Annotated[str, StringConstraints(min_length=1)]
@@ -231,8 +231,11 @@ class ExtractActivationsConfig(StageConfig):
     """TransformerLens names; `*` and lists such as `[0-5]` or `[0,-1]` stand for layer numbers."""
     metrics: tuple[Literal["loss", "entropy", "correct", "correct_logit"], ...] = ()
     """Of the next token: loss and entropy in nats, whether the top prediction was right, its logit."""
-    dtype: Literal["model"] | Dtype = "model"
-    """Element type on disk; `model` keeps the model's own."""
+    dtype: Literal["model"] | Dtype | Literal["int8", "float8_e4m3"] = "model"
+    """Element type on disk; `model` keeps the model's own. `int8` and `float8_e4m3` keep activations in one byte per
+    value with scales beside them, and are read as float32."""
+    codec: Literal["none", "zstd", "blosc"] = "none"
+    """How chunk files are compressed; `none` is the fastest to write and the only one with fast access to rows."""
     on_overflow: Literal["error", "clip"] = "error"
     """What to do with finite values too large for `dtype`: stop and name them, or clip to the largest."""
     rows_per_part: PositiveInt | Literal["auto"] = "auto"
@@ -243,8 +246,17 @@ class ExtractActivationsConfig(StageConfig):
     """Run longer model inputs in pieces of this many tokens, keys and values carried over, at bounded memory."""
     queue_bytes: PositiveInt = 256 * 2**20
     """Most bytes that wait for the disk before the forward pass waits too."""
-    fsync: bool = True
-    """Force each part to the disk before it is committed: survives power loss, not only a killed process."""
+    fsync: Literal["none", "commit", "always"] = "commit"
+    """When bytes are forced to the disk: `commit` before the record that makes a part count, so that what counts
+    survives power loss; `always` after every batch as well, so that little waits; `none` leaves it to the system, and
+    `actpipe verify` tells what power loss cost. `true` and `false`, of earlier recipes, mean `commit` and `none`."""
+
+    @field_validator("fsync", mode="before")
+    @classmethod
+    def _name_policy(cls, value: object) -> object:
+        if isinstance(value, bool):
+            return "commit" if value else "none"
+        return value
 
     @model_validator(mode="after")
     def _something_to_store(self) -> Self:

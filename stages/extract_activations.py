@@ -8,9 +8,10 @@ from typing import ClassVar
 from actpipe.schemas.manifest import StoreManifest
 from actpipe.schemas.recipe import ExtractActivationsConfig
 
+from actpipe.describing import describe_fidelity
 from actpipe.errors import RecipeError
 from actpipe.extraction.estimate import estimate, row_bytes
-from actpipe.extraction.layout import check_rows_per_part, plan_store
+from actpipe.extraction.layout import check_encoding, check_rows_per_part, plan_store
 from actpipe.extraction.proof import prove_hooks
 from actpipe.extraction.worker import ExtractionWorker
 from actpipe.hooks import ModelShape
@@ -47,6 +48,7 @@ class ExtractActivations:
             if given_by := context.spec.hook_points[name].on_request:
                 how = f"store {given_by}, and z W_O gives it" if name.endswith("result") else f"{given_by} holds it"
                 raise RecipeError(f"{name} is never stored: {how}")
+        check_encoding(self.config, context.spec.select(self.config.hooks))
         inputs = inputs_of(context, self.config.corpus)
         check_rows_per_part(self.config, inputs)
         if inputs.n_prefix or self.config.chunk_tokens is not None:
@@ -70,7 +72,8 @@ class ExtractActivations:
         create_store(folder, manifest)
         missing = missing_parts(folder, plan_parts(manifest.n_rows, manifest.rows_per_part))
         rate = self._extract(context, folder, manifest, missing) if missing else None
-        context.findings.append(_describe(ActivationStore(folder), rate))
+        store = ActivationStore(folder)
+        context.findings += [_describe(store, rate), *describe_fidelity(store)]
 
     def _check_pieces(self, context: RunContext) -> None:
         shape = context.spec.shape

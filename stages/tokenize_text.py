@@ -15,7 +15,7 @@ from actpipe.errors import ModelLoadError, RecipeError
 from actpipe.model_inputs import check_length, packing_of, prefix_ids, special_ids
 from actpipe.records import DocumentRow, DocumentStatus, Finding, Sequence, TokenizedDocument
 from actpipe.stage import RunContext
-from actpipe.stores.layout import RunFolder, sha256_of
+from actpipe.stores.layout import RunFolder, move, sha256_of, sync_tree
 from actpipe.stores.token_table import TokenTable, TokenTableWriter
 from actpipe.telemetry import Meter
 from actpipe.text.compat import Compat, compat_pad_id, tokenize_and_concatenate
@@ -214,6 +214,7 @@ def _keep_tokenizer(context: RunContext, folder: RunFolder) -> str | None:
     partial = folder.new_partial("tokenizer")
     tokenizer.save_pretrained(partial)
     if not folder.tokenizer.exists():
-        partial.replace(folder.tokenizer)
+        sync_tree(partial)
+        move(partial, folder.tokenizer)
     definition = folder.tokenizer / "tokenizer.json"
     return sha256_of(definition) if definition.is_file() else None

@@ -151,5 +151,7 @@ def test_the_command_line_has_these_flags_and_no_others():
         "hooks": ["--context", "--dtype", "--revision"],
         "check": ["--device", "--dtype", "--revision"],
         "info": [],
-        "verify": [],
+        "verify": ["--deep", "--recipe", "--seed", "--sequences"],
+        "repair": ["--recipe"],
+        "clean": ["--dry-run"],
     }

@@ -14,6 +14,7 @@ from actpipe.planning import count_parts, format_bytes
 from actpipe.records import Finding
 from actpipe.schemas.manifest import StoreManifest
 from actpipe.schemas.recipe import ExtractActivationsConfig
+from actpipe.stores import encoding
 from actpipe.stores.dtypes import numpy_dtype
 
 _PROCESS_BYTES = 1_000 * 10**6
@@ -22,8 +23,8 @@ _TIMED_TOKENS = 2048
 
 
 def row_bytes(manifest: StoreManifest) -> int:
-    """Return the bytes of one token in all arrays together."""
-    return sum(math.prod(array.row_shape) * numpy_dtype(array.dtype).itemsize for array in manifest.arrays)
+    """Return the bytes of one token in all arrays together, before compression."""
+    return round(sum(map(encoding.row_bytes, manifest.arrays)))
 
 
 def peak_bytes(config: ExtractActivationsConfig, manifest: StoreManifest, model_bytes: int) -> int:
@@ -50,6 +51,8 @@ def peak_bytes(config: ExtractActivationsConfig, manifest: StoreManifest, model_
     waiting = config.queue_bytes + 2 * largest * batch_tokens
     logits = 3 * 4 * max(LOGITS_AT_ONCE, shape.d_vocab) if config.metrics else 0
     sequences = 16 * manifest.rows_per_part
+    if manifest.codec != "none":
+        waiting += 2 * largest * manifest.rows_per_part
     return _PROCESS_BYTES + model_bytes + layer + held + scores + waiting + logits + sequences
 
 

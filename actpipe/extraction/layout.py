@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict
 
+from actpipe.compute.quantising import LARGEST
 from actpipe.errors import RecipeError
 from actpipe.hooks import ModelShape
 from actpipe.model_inputs import ModelInputs
@@ -11,6 +13,7 @@ from actpipe.models.hooked_model import ModelSpec
 from actpipe.planning import rows_per_part_for
 from actpipe.schemas.manifest import ArrayManifest, BlockRecord, ShapeRecord, StoreManifest
 from actpipe.schemas.recipe import ExtractActivationsConfig
+from actpipe.stores.encoding import MOST_BLOSC_BYTES, quantisation_of, row_bytes
 
 TOKEN_ARRAYS = {"input_ids": "int32", "position": "int32", "sequence": "int64"}
 GENERATED = {"generated": "bool"}
@@ -31,10 +34,39 @@ def check_rows_per_part(config: ExtractActivationsConfig, inputs: ModelInputs) -
         )
 
 
+def check_encoding(config: ExtractActivationsConfig, names: Iterable[str]) -> None:
+    """Refuse to quantise what is not finite by its nature.
+
+    Raises:
+        RecipeError: Names the hook.
+    """
+    for name in names:
+        if config.dtype in LARGEST and name.endswith("hook_attn_scores"):
+            raise RecipeError(
+                f"{name} is -inf where a key is masked, which {config.dtype} cannot keep; name hook_pattern in its "
+                "place, or set `dtype: bfloat16`"
+            )
+
+
 def record_shape(shape: ModelShape) -> ShapeRecord:
     """Return a shape as the manifest keeps it."""
     blocks = tuple(BlockRecord(**asdict(block)) for block in shape.blocks)
     return ShapeRecord(**{**asdict(shape), "blocks": blocks})
+
+
+def check_chunks(config: ExtractActivationsConfig, arrays: Iterable[ArrayManifest], rows_per_part: int) -> None:
+    """Refuse chunks larger than the codec takes.
+
+    Raises:
+        RecipeError: Names the array, its size and the rows that fit.
+    """
+    for array in arrays:
+        size = row_bytes(array) * rows_per_part
+        if config.codec == "blosc" and size > MOST_BLOSC_BYTES:
+            raise RecipeError(
+                f"a chunk of {array.path} is {size:,} bytes, and blosc takes at most {MOST_BLOSC_BYTES:,}; set "
+                f"`rows_per_part` to at most {MOST_BLOSC_BYTES // row_bytes(array):,}, or `codec: zstd`"
+            )
 
 
 def plan_store(config: ExtractActivationsConfig, spec: ModelSpec, *, n_rows: int, inputs: ModelInputs) -> StoreManifest:
@@ -50,24 +82,29 @@ def plan_store(config: ExtractActivationsConfig, spec: ModelSpec, *, n_rows: int
     rows_per_part = config.rows_per_part
     if rows_per_part == "auto":
         rows_per_part = rows_per_part_for(n_rows, multiple_of=1 if inputs.layout == "documents" else inputs.n_rows)
-    dtype = spec.identity.dtype if config.dtype == "model" else config.dtype
+    code = config.dtype if config.dtype in LARGEST else None
+    dtype = "float32" if code else spec.identity.dtype if config.dtype == "model" else config.dtype
     columns = {**TOKEN_ARRAYS, **(GENERATED if inputs.generated else {})}
     arrays = [ArrayManifest(path=f"tokens/{n}", dtype=t, row_shape=(), axes=("row",)) for n, t in columns.items()]
     for name in spec.select(config.hooks):
-        point = spec.hook_points[name]
+        point, path = spec.hook_points[name], f"activations/{name}"
         arrays.append(
             ArrayManifest(
-                path=f"activations/{name}",
+                path=path,
                 dtype="int32" if point.integer else dtype,
                 row_shape=point.row_shape(spec.shape, inputs.context_length),
                 axes=("row", *point.axes),
+                quantisation=quantisation_of(path, code) if code and not point.integer else None,
             )
         )
+    check_chunks(config, arrays, rows_per_part)
     arrays += [
         ArrayManifest(path=f"metrics/{metric}", dtype="float32", row_shape=(), axes=("row",))
         for metric in dict.fromkeys(config.metrics)
     ]
     return StoreManifest(
+        schema_version=1 if code is None and config.codec == "none" else 2,
+        codec=config.codec,
         corpus=config.corpus,
         n_rows=n_rows,
         rows_per_part=rows_per_part,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from functools import cached_property, partial
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,7 @@ from actpipe.compute.casting import cast_rows
 from actpipe.compute.next_token import next_token_metrics
 from actpipe.errors import DtypeOverflowError
 from actpipe.extraction.layout import GENERATED, TOKEN_ARRAYS
+from actpipe.extraction.staging import Landing, Staging
 from actpipe.models.caching import KeyValueCache
 from actpipe.models.capture import Capture
 from actpipe.models.hooked_model import HookedModel
@@ -25,7 +26,7 @@ from actpipe.schemas.manifest import StoreManifest
 from actpipe.schemas.recipe import ExtractActivationsConfig
 from actpipe.stores.layout import RunFolder
 from actpipe.stores.token_table import TokenTable
-from actpipe.stores.writing import PartWriter
+from actpipe.stores.writing import PartWriter, allow_open_files
 from actpipe.streaming import BackgroundWorker
 from actpipe.telemetry import Meter
 from actpipe.text.batching import make_batches
@@ -33,8 +34,27 @@ from actpipe.text.batching import make_batches
 LOGITS_AT_ONCE = 2**25
 """Most logits computed together for the metrics: 128 MiB of float32, whatever the vocabulary."""
 
+PARTS_IN_FLIGHT = 3
+"""Parts that are begun and not committed: one that takes rows, and those that wait for the disk."""
+
 Job = Callable[[], None]
 Runs = tuple[tuple[int, int], ...]
+
+
+class PartSink(Protocol):
+    """What takes the rows of one part; `PartWriter` is one."""
+
+    def write(self, array: str, first_row: int, rows: npt.NDArray[Any]) -> int:
+        """Take consecutive rows of one array as bytes; return how many bytes."""
+
+    def count_clipped(self, array: str, count: int) -> None:
+        """Note that values were clipped."""
+
+    def commit(self) -> None:
+        """All rows were handed over."""
+
+    def abandon(self) -> None:
+        """No more rows come."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +77,7 @@ class _Placement:
     keep: torch.Tensor | None
     """Flat indices into `(batch, position)` of the rows to store; None where that is all of them."""
 
-    @property
+    @cached_property
     def runs(self) -> Runs:
         """Consecutive rows in the store: first row and how many."""
         runs = list[tuple[int, int]]()
@@ -107,19 +127,24 @@ class ExtractionWorker:
     """Does one part at a time: forward passes here, writing in a thread of its own."""
 
     def __init__(
-        self, config: ExtractActivationsConfig, model: HookedModel, folder: RunFolder, manifest: StoreManifest
+        self,
+        config: ExtractActivationsConfig,
+        model: HookedModel,
+        folder: RunFolder,
+        manifest: StoreManifest,
+        open_part: Callable[[Part], PartSink],
     ) -> None:
         self._config = config
         self._model = model
-        self._folder = folder
-        self._manifest = manifest
+        self._open_part = open_part
         self._tokens = TokenTable(folder)
         self._arrays = {array.path: array for array in manifest.arrays}
+        self._staging = Staging()
         self._capture: Capture
         self._writing: BackgroundWorker[Job]
         self._meter: Meter
-        self._writer: PartWriter
-        self._unfinished: set[PartWriter] = set()
+        self._writer: PartSink
+        self._unfinished: set[PartSink] = set()
         self._placement: _Placement
         self._normalized: torch.Tensor
         self._prefix: KeyValueCache | None = None
@@ -133,9 +158,15 @@ class ExtractionWorker:
         folder: RunFolder,
         manifest: StoreManifest,
         meter: Meter,
+        open_part: Callable[[Part], PartSink] | None = None,
     ) -> Iterator[ExtractionWorker]:
-        """Hook the model and start the writing thread; at the end everything handed over is on disk."""
-        worker = cls(config, model, folder, manifest)
+        """Hook the model and start the writing thread; at the end everything handed over is on disk.
+
+        `open_part` gives what takes the rows of a part, where that is not the store.
+        """
+        allow_open_files(PARTS_IN_FLIGHT * len(manifest.arrays))
+        open_part = open_part or partial(PartWriter, folder, manifest, fsync=config.fsync)
+        worker = cls(config, model, folder, manifest, open_part)
         names = [path.removeprefix("activations/") for path in worker._arrays if path.startswith("activations/")]
         if config.metrics:
             names.append(UNEMBED_INPUT)
@@ -150,8 +181,9 @@ class ExtractionWorker:
 
     def __call__(self, part: Part) -> None:
         """Run every sequence that has a row in the part, and hand the part over for its commit."""
+        self._writing.wait_until(lambda: len(self._unfinished) < PARTS_IN_FLIGHT)
         sequences = list(self._tokens.read_sequences(part.row_start, part.row_stop))
-        self._writer = PartWriter(self._folder, self._manifest, part, fsync=self._config.fsync)
+        self._writer = self._open_part(part)
         self._unfinished.add(self._writer)
         follows = [sequence for sequence in sequences if self._follows_prefix(sequence)]
         for batch in make_batches(follows, self._config.batch_tokens):
@@ -175,7 +207,7 @@ class ExtractionWorker:
             self._capture.run(**prefix.extend(inputs))
             self._prefix = prefix
 
-    def _finish(self, writer: PartWriter) -> None:
+    def _finish(self, writer: PartSink) -> None:
         writer.commit()
         self._unfinished.remove(writer)
 
@@ -276,11 +308,13 @@ class ExtractionWorker:
                 self._store(array.path, torch.from_numpy(values.astype(array.dtype)))
 
     def _store(self, path: str, rows: torch.Tensor) -> None:
-        data = rows.reshape(len(rows), -1).contiguous().cpu().view(torch.uint8).numpy()
-        self._writing.put(partial(self._write, self._writer, path, data, self._placement.runs), data.nbytes)
+        landing = self._staging.send(rows)
+        self._writing.put(partial(self._write, self._writer, path, landing, self._placement.runs), landing.n_bytes)
 
-    def _write(self, writer: PartWriter, path: str, data: npt.NDArray[np.uint8], runs: Runs) -> None:
+    def _write(self, writer: PartSink, path: str, landing: Landing, runs: Runs) -> None:
         start = 0
-        for first_row, count in runs:
-            self._meter.advance(n_bytes=writer.write(path, first_row, data[start : start + count]))
-            start += count
+        with landing.bytes() as data:
+            rows = data.reshape(sum(count for _, count in runs), -1)
+            for first_row, count in runs:
+                self._meter.advance(n_bytes=writer.write(path, first_row, rows[start : start + count]))
+                start += count

@@ -61,7 +61,7 @@ def write_report(folder: RunFolder, title: str) -> None:
 
 
 def _lead(folder: RunFolder) -> str:
-    if not folder.store.is_dir():
+    if not folder.has_store:
         return "Tokens only; nothing was extracted yet."
     store = ActivationStore(folder)
     shape, model = store.shape, store.manifest.model

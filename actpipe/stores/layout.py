@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import hashlib
 import os
-import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,10 +13,21 @@ from pathlib import Path
 
 import google_crc32c
 
-from actpipe.errors import StoreMismatchError
+from actpipe.errors import StorageError
 
 MAIN_CORPUS = "main"
-_READ_BYTES = 2**24
+_READ_BYTES = 2**20
+_COPY_BYTES = 2**16
+"""The checksum takes `bytes` only; copies of this size stay in the processor's cache."""
+_WAYS_OUT = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space, or have the quota raised",
+    errno.EACCES: "make it writable",
+    errno.EPERM: "make it writable",
+    errno.EROFS: "mount it for writing",
+    errno.EIO: "look after the disk",
+    errno.EMFILE: "allow more open files with `ulimit -n`",
+}
 
 
 @dataclass(frozen=True)
@@ -56,6 +66,11 @@ class RunFolder:
         return self.root / "store.zarr"
 
     @property
+    def has_store(self) -> bool:
+        """Whether there is a store, begun or finished."""
+        return (self.store / "zarr.json").is_file()
+
+    @property
     def commits(self) -> Path:
         """Commit records."""
         return self.root / "commits"
@@ -64,6 +79,11 @@ class RunFolder:
     def token_commit(self) -> Path:
         """Commit record of the token table."""
         return self.commits / "tokens.json"
+
+    @property
+    def withdrawn_tokens(self) -> Path:
+        """Commit record that the token table had before its repair began."""
+        return self.commits / "withdrawn-tokens.json"
 
     def part_commit(self, part: int) -> Path:
         """Commit record of one part."""
@@ -76,7 +96,7 @@ class RunFolder:
 
     @property
     def partial(self) -> Path:
-        """Files on their way; nothing in it counts, and a run clears it."""
+        """Files on their way; nothing in it counts, and a run clears its own kind."""
         return self.root / ".partial"
 
     @property
@@ -97,52 +117,44 @@ class RunFolder:
 
 
 @contextmanager
-def only_run_in(folder: RunFolder) -> Iterator[None]:
-    """Keep other runs out of the folder, and clear what a killed one left half done.
+def disk_trouble_explained(folder: RunFolder) -> Iterator[None]:
+    """Say in one sentence what a failing disk means for a run.
 
     Raises:
-        StoreMismatchError: Another process is at work there.
+        StorageError: The disk is full, read-only, forbidden or broken.
     """
-    folder.root.mkdir(parents=True, exist_ok=True)
-    path = folder.root / ".lock"
-    with path.open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            lock.seek(0)
-            owner = lock.read().strip() or "another process"
-            raise StoreMismatchError(
-                f"{folder.root} is in use by {owner}; wait for it to end, or choose another folder with --out"
-            ) from error
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()}")
-        lock.flush()
-        _clear_partial(folder)
-        try:
-            yield
-        finally:
-            _clear_partial(folder)
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _WAYS_OUT:
+            raise
+        where = error.filename or folder.root
+        raise StorageError(
+            f"stopped at {where}: {os.strerror(error.errno).lower()}; {_WAYS_OUT[error.errno]} and give the same "
+            "command again, it continues from what is committed"
+        ) from error
 
 
-def _clear_partial(folder: RunFolder) -> None:
-    for corpus in (folder, *map(RunFolder, folder.root.glob("corpora/*"))):
-        shutil.rmtree(corpus.partial, ignore_errors=True)
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that it is either there whole or not at all, power loss included."""
+def write_whole(path: Path, data: bytes, *, force: bool = True) -> None:
+    """Write a file so that it is either there whole or not at all, power loss included unless `force` is off."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync_folder(path.parent)
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            if force:
+                os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    if force:
+        sync(path.parent)
 
 
-def sync_folder(path: Path) -> None:
-    """Force a folder's entries to the disk."""
+def sync(path: Path) -> None:
+    """Force a file's bytes, or a folder's entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -150,13 +162,33 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
+def sync_tree(folder: Path) -> None:
+    """Force a folder and everything in it to the disk."""
+    for path in folder.rglob("*"):
+        sync(path)
+    sync(folder)
+
+
+def move(path: Path, to: Path) -> None:
+    """Put a finished file or folder into its place, for good: power loss does not undo it."""
+    path.replace(to)
+    sync(to.parent)
+
+
 def crc32c_of(path: Path) -> str:
-    """Return the CRC-32C of a file as eight hexadecimal digits, reading 16 MiB at a time."""
+    """Return the CRC-32C of a file as eight hexadecimal digits."""
     checksum = 0
-    with path.open("rb") as file:
+    with path.open("rb", buffering=0) as file:
         while piece := file.read(_READ_BYTES):
             checksum = google_crc32c.extend(checksum, piece)
     return f"{checksum:08x}"
+
+
+def extend_crc32c(checksum: int, data: memoryview) -> int:
+    """Return the CRC-32C of what had `checksum` followed by `data`."""
+    for start in range(0, len(data), _COPY_BYTES):
+        checksum = google_crc32c.extend(checksum, data[start : start + _COPY_BYTES].tobytes())
+    return checksum
 
 
 def sha256_of(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -14,32 +15,44 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from actpipe.compute.quantising import dequantise
 from actpipe.errors import IncompleteStoreError, UnknownHookError, did_you_mean
 from actpipe.hooks import BlockShape, ModelShape
-from actpipe.planning import count_parts
-from actpipe.schemas.manifest import ArrayManifest, StoreManifest
+from actpipe.planning import count_parts, plan_parts
+from actpipe.schemas.manifest import ArrayManifest, Quantisation, StoreManifest
 from actpipe.stores.dtypes import numpy_dtype
+from actpipe.stores.encoding import Codec, decompress, row_bytes
+from actpipe.stores.fidelity import FidelitySummary, read_fidelity
 from actpipe.stores.layout import RunFolder
 from actpipe.stores.token_table import TokenTable
-from actpipe.stores.writing import chunk_path, committed_parts, read_manifest
+from actpipe.stores.writing import missing_parts, read_manifest
 
 _OPEN_CHUNKS = 512
 _LONG_RUN = 16
 """Rows that follow one another, from which on reading them beats copying them out of a map."""
+_UNPACKED_CHUNKS = 8
+"""Decompressed chunks that stay in memory, so that neighbouring rows are not unpacked again and again."""
 
 
-def _map_chunk(path: Path, dtype: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
-    """Map a chunk file into memory; only what is touched is read."""
+def _open_chunk(path: Path, dtype: str, shape: tuple[int, ...], codec: Codec) -> npt.NDArray[Any]:
+    """Open a chunk file: mapped, so that only what is touched is read, or decompressed whole."""
     status = path.stat()
-    return _map_file(path, dtype, shape, (status.st_ino, status.st_mtime_ns))
+    version = (status.st_ino, status.st_mtime_ns)
+    opened = _map_file(path, version) if codec == "none" else _unpack_file(path, codec, version)
+    return opened.view(numpy_dtype(dtype)).reshape(shape)
 
 
 @lru_cache(maxsize=_OPEN_CHUNKS)
-def _map_file(path: Path, dtype: str, shape: tuple[int, ...], version: tuple[int, int]) -> npt.NDArray[Any]:
+def _map_file(path: Path, version: tuple[int, int]) -> npt.NDArray[np.uint8]:
     """Map one version of a file: a chunk that was written anew is mapped anew."""
     del version
-    raw = np.memmap(path, mode="r", dtype=np.uint8)
-    return np.asarray(raw).view(numpy_dtype(dtype)).reshape(shape)
+    return decompress("none", path)
+
+
+@lru_cache(maxsize=_UNPACKED_CHUNKS)
+def _unpack_file(path: Path, codec: Codec, version: tuple[int, int]) -> npt.NDArray[np.uint8]:
+    del version
+    return decompress(codec, path)
 
 
 @dataclass(frozen=True)
@@ -50,6 +63,7 @@ class StoredArray:
     manifest: ArrayManifest
     n_rows: int
     rows_per_part: int
+    codec: Codec = "none"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -63,40 +77,69 @@ class StoredArray:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Element type on disk."""
+        """Element type that is read; on disk too, unless the array is quantised."""
         return numpy_dtype(self.manifest.dtype)
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one row."""
-        return int(np.prod(self.manifest.row_shape, dtype=np.int64)) * self.dtype.itemsize
+        """Bytes of one row on disk, before compression."""
+        return row_bytes(self.manifest)
 
     def part(self, index: int) -> npt.NDArray[Any]:
-        """Return one part, mapped and not yet read.
+        """Return one part: mapped and not yet read where it is neither compressed nor quantised.
 
         Raises:
             IncompleteStoreError: The part is not there.
         """
-        chunk = _map_chunk(self._chunk(index), self.manifest.dtype, (self.rows_per_part, *self.manifest.row_shape))
-        return chunk[: self.n_rows - index * self.rows_per_part]
+        return self._rows_of(index, slice(0, self.n_rows - index * self.rows_per_part))
 
-    def _chunk(self, index: int) -> Path:
-        """Return the chunk file of one part."""
-        path = self.store / chunk_path(self.manifest, index)
-        if not path.is_file():
+    def _rows_of(self, part: int, rows: slice | npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+        """Return rows of one part, counted from its first."""
+        kept, shape = self.manifest.quantisation, self.manifest.row_shape
+        if kept is None:
+            return self._chunk(self.manifest.path, part, self.manifest.dtype, (self.rows_per_part, *shape))[rows]
+        code = "int8" if kept.code == "int8" else "uint8"
+        codes = self._chunk(self.manifest.path, part, code, (self.rows_per_part, *shape))[rows]
+        return self._scaled(kept, part, rows, codes)
+
+    def _scaled(
+        self, kept: Quantisation, part: int, rows: slice | npt.NDArray[np.int64], codes: npt.NDArray[Any]
+    ) -> npt.NDArray[np.float32]:
+        """Return codes of rows of one part times their scales."""
+        shape = self.manifest.row_shape
+        values = math.prod(shape)
+        scales = self._chunk(kept.row_scales, part, "float32", (self.rows_per_part, -(-values // kept.block)))
+        channels = self._chunk(kept.channel_scales, part, "float32", (1, *shape)).reshape(values)
+        return dequantise(codes.reshape(-1, values), scales[rows], channels, kept.block).reshape(-1, *shape)
+
+    def step(self, row: int) -> npt.NDArray[np.float32] | None:
+        """Return by how much each value of a row changes with its code by 1; None where it is not quantised."""
+        kept = self.manifest.quantisation
+        if kept is None:
+            return None
+        part, offset = divmod(row, self.rows_per_part)
+        ones = np.ones((1, *self.manifest.row_shape), np.int8)
+        return self._scaled(kept, part, slice(offset, offset + 1), ones)[0]
+
+    def _chunk(self, path: str, part: int, dtype: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+        """Open a chunk of an array."""
+        return _open_chunk(self._file(path, part, len(shape)), dtype, shape, self.codec)
+
+    def _file(self, path: str, part: int, n_axes: int) -> Path:
+        file = self.store.joinpath(path, "c", str(part), *("0" for _ in range(n_axes - 1)))
+        if not file.is_file():
             raise IncompleteStoreError(
-                f"part {index} of {self.manifest.path} is not there: {path} is missing; "
-                "run the recipe again to finish the store"
+                f"part {part} of {path} is not there: {file} is missing; run the recipe again to finish the store"
             )
-        return path
+        return file
 
     def read(self, start: int, stop: int) -> npt.NDArray[Any]:
         """Return rows `[start, stop)`; a view of the mapped file where one part holds them all."""
         first, last = start // self.rows_per_part, max(start, stop - 1) // self.rows_per_part
-        pieces = [
-            self.part(part)[max(0, start - part * self.rows_per_part) : stop - part * self.rows_per_part]
-            for part in range(first, last + 1)
-        ]
+        pieces = []
+        for part in range(first, last + 1):
+            offset = part * self.rows_per_part
+            pieces.append(self._rows_of(part, slice(max(0, start - offset), min(stop - offset, self.rows_per_part))))
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def take(self, indices: npt.ArrayLike) -> npt.NDArray[Any]:
@@ -136,17 +179,26 @@ class StoredArray:
         bounds = np.searchsorted(rows, np.arange(first, last + 2) * self.rows_per_part).tolist()
         pieces = [(first + n, slice(*bound)) for n, bound in enumerate(pairwise(bounds)) if bound[0] < bound[1]]
         runs = np.flatnonzero(np.diff(rows) != 1) + 1
-        if len(runs) * _LONG_RUN < len(rows):
+        if self._is_bare and len(runs) * _LONG_RUN < len(rows):
             for reads in (self._announce, self._read_run):  # all of it is under way before the first is waited for
                 for part, here in pieces:
                     inside = runs[slice(*np.searchsorted(runs, [here.start + 1, here.stop]))].tolist()
-                    with FileIO(self._chunk(part)) as file:
+                    path = self._file(self.manifest.path, part, 1 + len(self.manifest.row_shape))
+                    with FileIO(path) as file:
                         for start, stop in pairwise([here.start, *inside, here.stop]):
                             reads(file, int(rows[start]) - part * self.rows_per_part, into[start:stop])
             return
         for part, here in pieces:
             chosen = rows[here] - part * self.rows_per_part
-            np.take(self.part(part), chosen, axis=0, out=into[here], mode="clip")  # other modes copy twice
+            if self.manifest.quantisation is None:
+                np.take(self.part(part), chosen, axis=0, out=into[here], mode="clip")  # other modes copy twice
+            else:
+                into[here] = self._rows_of(part, chosen)
+
+    @property
+    def _is_bare(self) -> bool:
+        """Whether chunk files hold the array's own bytes and nothing else."""
+        return self.codec == "none" and self.manifest.quantisation is None
 
     def _announce(self, file: FileIO, row: int, into: npt.NDArray[Any]) -> None:
         """Let the operating system begin to read rows of a part; only a hint."""
@@ -160,7 +212,7 @@ class StoredArray:
         while wanted and (n_read := file.readinto(wanted)):
             wanted = wanted[n_read:]
         if wanted:
-            raise IncompleteStoreError(f"{file.name} is cut short; `actpipe verify` says what else is")
+            raise IncompleteStoreError(f"{file.name!s} is cut short; `actpipe verify` says what else is")
 
     def __getitem__(self, key: Any) -> npt.NDArray[Any]:
         """Index as numpy does: slices and row numbers on the first axis, anything numpy takes on the others."""
@@ -210,10 +262,13 @@ class StoredDocument:
 
 def is_complete(folder: RunFolder) -> bool:
     """Whether a corpus has a store with every part committed."""
-    if not folder.store.is_dir():
+    if not folder.has_store:
         return False
-    manifest = read_manifest(folder)
-    return len(committed_parts(folder)) == count_parts(manifest.n_rows, manifest.rows_per_part)
+    try:
+        manifest = read_manifest(folder)
+    except IncompleteStoreError:
+        return False
+    return not missing_parts(folder, plan_parts(manifest.n_rows, manifest.rows_per_part))
 
 
 class ActivationStore:
@@ -224,7 +279,7 @@ class ActivationStore:
     """
 
     def __init__(self, folder: RunFolder, decode: Callable[[RunFolder, npt.NDArray[Any]], str] | None = None) -> None:
-        if not folder.store.is_dir():
+        if not folder.has_store:
             raise IncompleteStoreError(f"{folder.root} holds no activation store; it has no store.zarr")
         self.folder = folder
         self.manifest: StoreManifest = read_manifest(folder)
@@ -238,11 +293,11 @@ class ActivationStore:
         Raises:
             IncompleteStoreError: Says how many, and what to do.
         """
-        done, n_parts = len(committed_parts(self.folder)), self.n_parts
-        if done < n_parts:
+        missing = missing_parts(self.folder, plan_parts(self.n_rows, self.manifest.rows_per_part))
+        if missing:
             raise IncompleteStoreError(
-                f"{self.folder.store} has {done} of {n_parts} parts; run its recipe again to finish it, "
-                "or open it with partial=True and read committed rows only"
+                f"{self.folder.store} has {self.n_parts - len(missing)} of {self.n_parts} parts; "
+                "run its recipe again to finish it, or open it with partial=True and read committed rows only"
             )
 
     @property
@@ -274,6 +329,11 @@ class ActivationStore:
         return tuple(array.path for array in self.manifest.arrays)
 
     @cached_property
+    def fidelity(self) -> dict[str, FidelitySummary]:
+        """What quantising did to the values, by array; empty where nothing is quantised."""
+        return read_fidelity(self.folder)
+
+    @cached_property
     def tokens(self) -> TokenTable:
         """The token table that the store was made from."""
         return TokenTable(self.folder)
@@ -296,7 +356,8 @@ class ActivationStore:
                 f"`actpipe info {self.folder.root}` lists{did_you_mean(name, self._by_name)}"
             )
         manifest = self._by_name[name]
-        return StoredArray(self.folder.store.resolve(), manifest, self.n_rows, self.manifest.rows_per_part)
+        rows_per_part, codec = self.manifest.rows_per_part, self.manifest.codec
+        return StoredArray(self.folder.store.resolve(), manifest, self.n_rows, rows_per_part, codec)
 
     def __getitem__(self, name: str) -> Any:
         """Return one array as a Dask array whose blocks are the parts, mapped from disk."""

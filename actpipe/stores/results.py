@@ -17,7 +17,7 @@ import zarr
 
 from actpipe.errors import IncompleteStoreError, did_you_mean
 from actpipe.schemas.results import ResultRecord
-from actpipe.stores.layout import RunFolder, write_whole
+from actpipe.stores.layout import RunFolder, move, sync, sync_tree, write_whole
 
 
 @dataclass(frozen=True)
@@ -134,10 +134,12 @@ class ResultWriter:
         if dataset is not None:
             dataset.to_zarr(self._arrays, mode="a", zarr_format=3, consolidated=False)
             shutil.rmtree(results / f"{name}.zarr", ignore_errors=True)
-            self._arrays.replace(results / f"{name}.zarr")
+            sync_tree(self._arrays)
+            move(self._arrays, results / f"{name}.zarr")
         if table is not None:
             table.to_parquet(self._partial / "table", index=False)
-            (self._partial / "table").replace(results / f"{name}.parquet")
+            sync(self._partial / "table")
+            move(self._partial / "table", results / f"{name}.parquet")
         shutil.rmtree(self._partial)
         record = self._wanted.model_copy(
             update={

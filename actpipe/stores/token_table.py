@@ -6,17 +6,18 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import ValidationError
 
-from actpipe.errors import IncompleteStoreError
+from actpipe.errors import IncompleteStoreError, StoreMismatchError
 from actpipe.records import DocumentRow, Sequence
 from actpipe.schemas.manifest import TokenTableManifest
-from actpipe.stores.layout import RunFolder, crc32c_of, write_whole
+from actpipe.stores.layout import RunFolder, crc32c_of, move, sync, write_whole
 
 _DOCUMENTS_PER_GROUP = 65_536
 _TOKENS_PER_GROUP = 262_144
@@ -92,11 +93,16 @@ class TokenTableWriter:
         self._flush_sequences()
         self._documents.close()
         self._sequences.close()
-        for path in (self._folder.documents, self._folder.sequences):
-            (self._partial / path.name).replace(path)
+        files = (self._folder.documents, self._folder.sequences)
+        checksums = {path.name: crc32c_of(self._partial / path.name) for path in files}
+        manifest = manifest.model_copy(update={"checksums": checksums})
+        _refuse_another(self._folder, manifest)
+        for path in files:
+            sync(self._partial / path.name)
+            move(self._partial / path.name, path)
         self._partial.rmdir()
-        checksums = {path.name: crc32c_of(path) for path in (self._folder.documents, self._folder.sequences)}
-        write_whole(self._folder.token_commit, manifest.model_copy(update={"checksums": checksums}).to_json().encode())
+        write_whole(self._folder.token_commit, manifest.to_json().encode())
+        self._folder.withdrawn_tokens.unlink(missing_ok=True)
 
     def _flush_documents(self) -> None:
         rows, self._pending_documents = self._pending_documents, []
@@ -119,6 +125,27 @@ class TokenTableWriter:
         ]
         arrays.append(pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat, pa.int32())))
         self._sequences.write_table(pa.table(arrays, schema=SEQUENCE_SCHEMA))
+
+
+def _refuse_another(folder: RunFolder, made: TokenTableManifest) -> None:
+    """Refuse a table in the place of a withdrawn one that it does not equal: the store belongs to that.
+
+    Raises:
+        StoreMismatchError: Says what differs.
+    """
+    if not folder.withdrawn_tokens.is_file():
+        return
+    try:
+        before = TokenTableManifest.from_json(folder.withdrawn_tokens.read_bytes())
+    except ValidationError:  # it was withdrawn because it could not be read
+        return
+    different = [key for key, value in made.model_dump().items() if value != getattr(before, key)]
+    if different:
+        key = different[0]
+        raise StoreMismatchError(
+            f"cannot repair the token table of {folder.root}: made anew its {key} is {getattr(made, key)!r}, it was "
+            f"{getattr(before, key)!r}; the dataset or a library has changed, so run the recipe in another folder"
+        )
 
 
 class TokenTable:
@@ -158,6 +185,12 @@ class TokenTable:
             return False
         return next(self.read_sequences(self.manifest.n_rows - 1)).n_context == 0
 
+    def sequence_rows(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Return the first row of every sequence, and one past its last."""
+        table = pq.read_table(self.folder.sequences, columns=["first_row", "n_tokens"])
+        first, count = (table[name].to_numpy() for name in ("first_row", "n_tokens"))
+        return first, first + count
+
     def read_documents(self, columns: Iterable[str] | None = None) -> pa.Table:
         """Return documents.parquet, or some columns of it, as an Arrow table."""
         return pq.read_table(self.folder.documents, columns=None if columns is None else list(columns))
@@ -193,7 +226,7 @@ class TokenTable:
 
 def _sequences_of(table: pa.Table) -> Iterator[Sequence]:
     numbers = {name: table[name].to_numpy() for name in ("sequence", "document", "start", "n_context", "first_row")}
-    prompts = table["n_prompt"].to_pylist()
+    prompts = table["n_prompt"].to_pylist() if "n_prompt" in table.column_names else [None] * len(table)
     lists = table["input_ids"].combine_chunks()
     offsets, flat = lists.offsets.to_numpy(), np.array(lists.values.to_numpy())  # a copy: Arrow's cannot be written
     for i in range(len(table)):
@@ -206,15 +239,3 @@ def _sequences_of(table: pa.Table) -> Iterator[Sequence]:
             ids=flat[offsets[i] : offsets[i + 1]],
             n_prompt=prompts[i],
         )
-
-
-def checksum_problems(folder: RunFolder) -> list[str]:
-    """Compare the files of the token table with the checksums in its record; return what is wrong."""
-    problems = []
-    for name, expected in TokenTable(folder).manifest.checksums.items():
-        path: Path = folder.root / name
-        if not path.is_file():
-            problems.append(f"{name}: missing")
-        elif (found := crc32c_of(path)) != expected:
-            problems.append(f"{name}: checksum {found}, committed was {expected}")
-    return problems

@@ -3,53 +3,98 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
+import resource
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import google_crc32c
 import numpy as np
 import numpy.typing as npt
 import zarr
+from zarr.storage import MemoryStore
 
-from actpipe.errors import StoreMismatchError
+from actpipe.errors import IncompleteStoreError, StorageError, StoreMismatchError
 from actpipe.records import Part
-from actpipe.schemas.commit import ChunkRecord, Commit
+from actpipe.schemas.commit import ChunkRecord, Commit, Fidelity
 from actpipe.schemas.manifest import ArrayManifest, StoreManifest
-from actpipe.stores.dtypes import fill_value, numpy_dtype
-from actpipe.stores.layout import RunFolder, crc32c_of, sync_folder, write_whole
+from actpipe.stores.dtypes import numpy_dtype
+from actpipe.stores.encoding import compress, quantise_file, zarr_arrays, zarr_codec
+from actpipe.stores.layout import RunFolder, crc32c_of, extend_crc32c, move, sync, sync_tree, write_whole
 
+Fsync = Literal["none", "commit", "always"]
+_PART_RECORD = re.compile(r"part-(\d{8})\.json")
 ATTRIBUTE = "actpipe"
 """Key of the manifest in the attributes of the Zarr group."""
+_OTHER_FILES = 256
+_PIECE_BYTES = 2**20
+CHECKSUM = "actpipe_crc32c"
+"""Key of its checksum beside it; absent in stores of early releases."""
 
 
 def create_store(folder: RunFolder, manifest: StoreManifest) -> None:
     """Make the Zarr group with all arrays and no data; a store of the same manifest is left as it is.
 
+    A store without `zarr.json` gets its metadata back, and keeps its chunks.
+
     Raises:
         StoreMismatchError: There is a store of another manifest; says where they differ.
     """
-    if folder.store.exists():
+    if (folder.store / "zarr.json").exists():
         _refuse_other_manifest(folder, manifest)
         return
     partial = folder.new_partial("store")
-    group = zarr.create_group(partial / "store.zarr", zarr_format=3)
-    for array in manifest.arrays:
-        dtype = numpy_dtype(array.dtype)
-        group.create_array(
-            array.path,
-            shape=(manifest.n_rows, *array.row_shape),
-            chunks=(manifest.rows_per_part, *array.row_shape),
-            dtype=array.dtype,
-            compressors=None,
-            filters=None,
-            fill_value=fill_value(dtype),
-            dimension_names=array.axes,
-        )
-    group.attrs[ATTRIBUTE] = manifest.model_dump(mode="json")
-    (partial / "store.zarr").replace(folder.store)
+    made = partial / "store.zarr"
+    _make_group(made, manifest)
+    sync_tree(made)
+    if folder.store.exists():
+        _restore_metadata(folder, made)
+    else:
+        move(made, folder.store)
     shutil.rmtree(partial)
+
+
+def _make_group(store: Any, manifest: StoreManifest) -> None:
+    group = zarr.create_group(store, zarr_format=3)
+    for array in manifest.arrays:
+        for each in zarr_arrays(manifest, array):
+            group.create_array(
+                each.path,
+                shape=each.shape,
+                chunks=each.chunk,
+                dtype=each.dtype,
+                compressors=zarr_codec(manifest.codec),
+                filters=None,
+                fill_value=each.fill_value,
+                dimension_names=each.axes,
+                attributes=each.attributes,
+            )
+    record = manifest.model_dump(mode="json")
+    group.attrs.update({ATTRIBUTE: record, CHECKSUM: checksum_of(record)})
+
+
+def _restore_metadata(folder: RunFolder, made: Path) -> None:
+    """Put the metadata of every array in its place, the group's last: without it there is no store."""
+    paths = sorted(path.relative_to(made) for path in made.rglob("zarr.json"))
+    for path in sorted(paths, key=lambda path: len(path.parts), reverse=True):
+        (folder.store / path).parent.mkdir(parents=True, exist_ok=True)
+        move(made / path, folder.store / path)
+
+
+def metadata_of(manifest: StoreManifest) -> dict[str, dict[str, Any]]:
+    """Return what every `zarr.json` of a store says, by the path of its folder in the group."""
+    memory: dict[str, Any] = {}
+    _make_group(MemoryStore(memory), manifest)
+    return {key.removesuffix("zarr.json").rstrip("/"): json.loads(data.to_bytes()) for key, data in memory.items()}
+
+
+def checksum_of(record: Mapping[str, Any]) -> str:
+    """Return the CRC-32C of a manifest, whatever the order and spacing in which JSON has it."""
+    return f"{google_crc32c.value(json.dumps(record, sort_keys=True).encode()):08x}"
 
 
 def _refuse_other_manifest(folder: RunFolder, wanted: StoreManifest) -> None:
@@ -65,23 +110,112 @@ def _refuse_other_manifest(folder: RunFolder, wanted: StoreManifest) -> None:
 
 
 def read_manifest(folder: RunFolder) -> StoreManifest:
-    """Read a store's manifest from its Zarr attributes."""
-    attributes = zarr.open_group(folder.store, mode="r").attrs.asdict()
-    return StoreManifest.from_json(json.dumps(attributes[ATTRIBUTE]))
+    """Read a store's manifest from its Zarr attributes.
+
+    Raises:
+        IncompleteStoreError: There is none that could be read.
+    """
+    path = folder.store / "zarr.json"
+    try:
+        attributes = json.loads(path.read_text(encoding="utf-8"))["attributes"]
+        return StoreManifest.from_json(json.dumps(attributes[ATTRIBUTE]))
+    except (ValueError, LookupError, FileNotFoundError) as error:
+        raise IncompleteStoreError(
+            f"{path} holds no manifest ({str(error).splitlines()[0]}); "
+            f"`actpipe repair {folder.root}` writes it again from the recipe"
+        ) from error
 
 
-def chunk_path(array: ArrayManifest, part: int) -> str:
-    """Return the path of one array's chunk of one part, relative to the Zarr group."""
-    return "/".join([array.path, "c", str(part), *("0" for _ in array.row_shape)])
+def allow_open_files(wanted: int) -> None:
+    """Raise this process's limit of open files to so many more than usual, as far as the system lets it.
+
+    Raises:
+        StorageError: The system does not; says both numbers.
+    """
+    wanted += _OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft >= wanted or soft == resource.RLIM_INFINITY:
+        return
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        raise StorageError(
+            f"cannot write: so many arrays need {wanted:,} open files, and this system allows {hard:,}; "
+            "raise that limit (`ulimit -n`), or store fewer hooks"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+class _RawFile:
+    """A file that takes rows in any order, and sums up its checksum where they come in order.
+
+    Its room is taken at once, so that a full disk shows before the forward passes of the part.
+    """
+
+    def __init__(self, path: Path, n_bytes: int) -> None:
+        self.path = path
+        self._n_bytes = n_bytes
+        self._descriptor: int | None = os.open(path, os.O_CREAT | os.O_RDWR | os.O_EXCL, 0o644)
+        self._checksum = 0
+        self._in_order = 0
+        """Bytes from the start that came in order; the checksum is theirs."""
+        self._written = 0
+        try:
+            os.posix_fallocate(self._descriptor, 0, n_bytes)
+        except OSError:
+            self.close()
+            raise
+
+    def write(self, data: memoryview, position: int) -> None:
+        """Write bytes at a position, in pieces that are still in the processor's cache from their checksum."""
+        for start in range(0, len(data), _PIECE_BYTES):
+            piece = data[start : start + _PIECE_BYTES]
+            if position + start == self._in_order:
+                self._checksum = extend_crc32c(self._checksum, piece)
+                self._in_order += len(piece)
+            self._put(piece, position + start)
+
+    def _put(self, data: memoryview, position: int) -> None:
+        assert self._descriptor is not None
+        written = 0
+        while written < len(data):
+            written += os.pwrite(self._descriptor, data[written:], position + written)
+        self._written += written
+
+    def checksum(self) -> str:
+        """Return the CRC-32C of the whole file, the part that was never written included: it is zeros."""
+        if self._in_order < self._written:
+            return crc32c_of(self.path)
+        rest, zeros = self._n_bytes - self._in_order, memoryview(bytes(_PIECE_BYTES))
+        for start in range(0, rest, len(zeros)):
+            self._checksum = extend_crc32c(self._checksum, zeros[: rest - start])
+        self._in_order = self._n_bytes
+        return f"{self._checksum:08x}"
+
+    def force(self) -> None:
+        """Force what was written to the disk."""
+        assert self._descriptor is not None
+        os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        """Close the file; once is enough."""
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 class PartWriter:
     """Takes the rows of one part in any order, then commits the part as a whole.
 
-    Rows go straight into files of their final size, so memory does not grow with the part.
+    Rows go straight into files of their final size, so memory does not grow with the part. Compressing
+    and quantising happen at the commit, part by part, so that they do not depend on the batches.
+
+    Args:
+        folder: The corpus.
+        manifest: What the store holds.
+        part: The rows that will come.
+        fsync: When bytes are forced to the disk: `none`, `commit` or `always`.
     """
 
-    def __init__(self, folder: RunFolder, manifest: StoreManifest, part: Part, *, fsync: bool) -> None:
+    def __init__(self, folder: RunFolder, manifest: StoreManifest, part: Part, *, fsync: Fsync) -> None:
         self._folder = folder
         self._manifest = manifest
         self._part = part
@@ -89,17 +223,18 @@ class PartWriter:
         self._partial = folder.new_partial(f"part-{part.index:08d}")
         self._arrays = {array.path: array for array in manifest.arrays}
         self._row_bytes = {
-            array.path: int(np.prod(array.row_shape, dtype=np.int64)) * numpy_dtype(array.dtype).itemsize
-            for array in manifest.arrays
+            array.path: math.prod(array.row_shape) * numpy_dtype(array.dtype).itemsize for array in manifest.arrays
         }
         self._rows_written = dict.fromkeys(self._arrays, 0)
         self._n_clipped: dict[str, int] = {}
-        self._files = {path: self._create(path) for path in self._arrays}
-
-    def _create(self, array: str) -> int:
-        descriptor = os.open(self._partial / array.replace("/", "%"), os.O_CREAT | os.O_RDWR | os.O_EXCL, 0o644)
-        os.ftruncate(descriptor, self._manifest.rows_per_part * self._row_bytes[array])
-        return descriptor
+        self._files: dict[str, _RawFile] = {}
+        try:
+            for path, row_bytes in self._row_bytes.items():
+                name = self._partial / path.replace("/", "%")
+                self._files[path] = _RawFile(name, manifest.rows_per_part * row_bytes)
+        except OSError:
+            self.abandon()
+            raise
 
     def write(self, array: str, first_row: int, rows: npt.NDArray[Any]) -> int:
         """Write consecutive rows of one array; `first_row` counts from the start of the store.
@@ -111,51 +246,76 @@ class PartWriter:
         assert 0 <= offset <= self._part.n_rows - len(rows), "rows must lie within the part"
         data = np.ascontiguousarray(rows).view(np.uint8).data.cast("B")
         assert len(data) == len(rows) * self._row_bytes[array], f"rows of {array} have the wrong shape or type"
-        position, written = offset * self._row_bytes[array], 0
-        while written < len(data):
-            written += os.pwrite(self._files[array], data[written:], position + written)
+        file = self._files[array]
+        file.write(data, offset * self._row_bytes[array])
+        if self._fsync == "always":
+            file.force()
         self._rows_written[array] += len(rows)
-        return written
+        return len(data)
 
     def count_clipped(self, array: str, count: int) -> None:
         """Note that values were clipped, for the commit record."""
         self._n_clipped[array] = self._n_clipped.get(array, 0) + count
 
     def commit(self) -> None:
-        """Put every chunk in its place, then the record that makes the part count."""
+        """Put every chunk in its place, then the record that makes the part count.
+
+        Raises:
+            DtypeOverflowError: A value is not finite, and quantised arrays keep finite ones only.
+        """
         for array, rows in self._rows_written.items():
             assert rows == self._part.n_rows, f"{array}: {rows} of {self._part.n_rows} rows were written"
-        chunks = tuple(self._place(array) for array in self._arrays.values())
+        fidelity: dict[str, Fidelity] = {}
+        finished = [chunk for array in self._arrays.values() for chunk in self._finish(array, fidelity)]
+        records = tuple(record for _, record in finished)
+        self._place(finished)
         commit = Commit(
+            schema_version=2 if fidelity else 1,
             part=self._part.index,
             row_start=self._part.row_start,
             row_stop=self._part.row_stop,
             n_clipped=dict(sorted(self._n_clipped.items())),
-            chunks=chunks,
+            fidelity=fidelity,
+            chunks=records,
         )
-        write_whole(self._folder.part_commit(self._part.index), commit.to_json().encode())
+        record = self._folder.part_commit(self._part.index)
+        write_whole(record, commit.to_json().encode(), force=self._fsync != "none")
         self.abandon()
 
-    def _place(self, array: ArrayManifest) -> ChunkRecord:
-        temporary = self._partial / array.path.replace("/", "%")
-        descriptor = self._files.pop(array.path)
-        if self._fsync:
-            os.fsync(descriptor)
-        os.close(descriptor)
-        path = chunk_path(array, self._part.index)
-        record = ChunkRecord(path=path, n_bytes=temporary.stat().st_size, crc32c=crc32c_of(temporary))
-        final = self._folder.store / path
-        final.parent.mkdir(parents=True, exist_ok=True)
-        temporary.replace(final)
-        if self._fsync:
-            sync_folder(final.parent)
-        return record
+    def _finish(self, array: ArrayManifest, fidelity: dict[str, Fidelity]) -> Iterator[tuple[Path, ChunkRecord]]:
+        """Yield the finished chunk files of one array, on the disk as far as the policy asks for."""
+        raw = self._files[array.path]
+        plain = array.quantisation is None and self._manifest.codec == "none"
+        if plain and self._fsync != "none":
+            raw.force()
+        raw.close()
+        files: tuple[Path, ...] = (raw.path,)
+        if array.quantisation is not None:
+            files, fidelity[array.path] = quantise_file(
+                raw.path, array, self._part.n_rows, self._manifest.rows_per_part
+            )
+        for file, each in zip(files, zarr_arrays(self._manifest, array), strict=True):
+            chunk = compress(self._manifest.codec, file, numpy_dtype(each.dtype))
+            if not plain and self._fsync != "none":
+                sync(chunk)
+            checksum = raw.checksum() if plain else crc32c_of(chunk)
+            path = each.chunk_path(self._part.index)
+            yield chunk, ChunkRecord(path=path, n_bytes=chunk.stat().st_size, crc32c=checksum)
+
+    def _place(self, finished: list[tuple[Path, ChunkRecord]]) -> None:
+        places = [self._folder.store / record.path for _, record in finished]
+        for (file, _), place in zip(finished, places, strict=True):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            file.replace(place)
+        if self._fsync != "none":
+            new = (parent for place in places for parent in (place.parent, place.parent.parent))
+            for parent in dict.fromkeys(new):
+                sync(parent)
 
     def abandon(self) -> None:
         """Close and remove what was not committed."""
-        for descriptor in self._files.values():
-            os.close(descriptor)
-        self._files = {}
+        for file in self._files.values():
+            file.close()
         shutil.rmtree(self._partial, ignore_errors=True)
 
 
@@ -164,9 +324,16 @@ def read_commit(path: Path) -> Commit:
     return Commit.from_json(path.read_bytes())
 
 
+def withdraw(record: Path) -> None:
+    """Remove the record that makes something count, at once and for good; what it spoke of will be done again."""
+    record.unlink(missing_ok=True)
+    sync(record.parent)
+
+
 def committed_parts(folder: RunFolder) -> set[int]:
     """Return the numbers of the parts that are done."""
-    return {int(path.stem.removeprefix("part-")) for path in folder.commits.glob("part-*.json")}
+    names = (_PART_RECORD.fullmatch(path.name) for path in folder.commits.glob("part-*.json"))
+    return {int(name[1]) for name in names if name}
 
 
 def missing_parts(folder: RunFolder, parts: Iterable[Part]) -> list[Part]:

@@ -16,9 +16,11 @@ from ruamel.yaml import YAML
 from support import INDUCTION, SPEECHES, all_bytes, make_recipe, run
 
 from actpipe import open_store
+from actpipe.describing import clean_run
 from actpipe.errors import IncompleteStoreError, StoreMismatchError
-from actpipe.stores.layout import RunFolder, only_run_in
-from actpipe.stores.verifying import find_problems
+from actpipe.stores.layout import RunFolder
+from actpipe.stores.locking import Owner, only_run_in
+from actpipe.stores.verifying import Remedy, find_problems
 
 KILLS = 3
 
@@ -99,6 +101,21 @@ def test_killed_while_tokenizing_it_starts_that_again(tmp_path, uninterrupted):
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 0, output
     assert all_bytes(out) == uninterrupted
+
+
+def test_killed_it_leaves_a_lock_that_keeps_no_one_out_and_nothing_that_clean_does_not_find(tmp_path):
+    recipe, out = write_recipe(long_recipe(), tmp_path / "recipe.yaml"), tmp_path / "run"
+    process = start(recipe, out)
+    wait_for_commits(process, out, 3)
+    process.kill()
+    process.communicate()
+    assert Owner.of(out / ".lock").pid == process.pid
+    committed = {path: path.read_bytes() for path in (out / "commits").glob("part-*.json")}
+
+    clean_run(out)
+    assert not (out / ".partial").exists()
+    assert {path: path.read_bytes() for path in (out / "commits").iterdir() if path.name != "tokens.json"} == committed
+    assert {problem.remedy for problem in find_problems(RunFolder(out))} == {Remedy.RESUME}
 
 
 def test_ctrl_c_ends_with_130_and_a_word_on_how_to_continue(tmp_path, uninterrupted):

@@ -64,6 +64,28 @@ def test_the_producer_waits_while_too_much_is_under_way():
     assert most <= 4
 
 
+def test_the_producer_can_wait_for_what_the_thread_brings_about():
+    done = []
+    with BackgroundWorker(done.append, budget=10) as worker:
+        for item in range(5):
+            worker.put(item, 0)
+        worker.wait_until(lambda: len(done) == 5)
+        assert done == list(range(5))
+
+
+def test_waiting_ends_with_the_error_of_the_thread():
+    def fail(_):
+        raise OSError("disk full")
+
+    def produce():
+        with BackgroundWorker(fail, budget=10) as worker:
+            worker.put(0, 0)
+            worker.wait_until(lambda: False)
+
+    with pytest.raises(OSError, match="disk full"):
+        produce()
+
+
 def test_an_error_in_the_thread_reaches_the_producer():
     def fail(item):
         raise OSError(f"disk full at {item}")

@@ -1,0 +1,15 @@
+"""Read `run.yaml`."""
+
+from __future__ import annotations
+
+import json
+
+from ruamel.yaml import YAML
+
+from actpipe.schemas.manifest import RunRecord
+from actpipe.stores.layout import RunFolder
+
+
+def read_record(folder: RunFolder) -> RunRecord:
+    """Read a run's record: the resolved recipe, versions, identities."""
+    return RunRecord.from_json(json.dumps(YAML(typ="safe").load(folder.record.read_text(encoding="utf-8"))))
