@@ -14,8 +14,9 @@ from actpipe.models.hooked_model import HookedModel
 from actpipe.records import Part
 from actpipe.schemas.manifest import ArrayManifest
 from actpipe.schemas.recipe import ExtractActivationsConfig
+from actpipe.stores.arrays import StoredArray
 from actpipe.stores.dtypes import numpy_dtype
-from actpipe.stores.reading import ActivationStore, StoredArray
+from actpipe.stores.reading import ActivationStore
 from actpipe.telemetry import Meter
 
 _TOLERANCES = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 6e-2}

@@ -18,8 +18,9 @@ from actpipe.feed.selection import RowSet, Selection, select_rows
 from actpipe.feed.stored import Source, StoredRows
 from actpipe.hooks import HookName, build_catalogue, select_hooks
 from actpipe.planning import plan_parts
+from actpipe.stores.arrays import StoredArray
 from actpipe.stores.layout import MAIN_CORPUS
-from actpipe.stores.reading import ActivationStore, StoredArray
+from actpipe.stores.reading import ActivationStore
 from actpipe.stores.writing import committed_parts
 
 Run = str | Path | ActivationStore

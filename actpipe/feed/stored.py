@@ -17,7 +17,8 @@ from actpipe.feed.mixing import Mixture
 from actpipe.feed.order import Order
 from actpipe.feed.permutation import Indices
 from actpipe.feed.selection import RowSet
-from actpipe.stores.reading import ActivationStore, StoredArray
+from actpipe.stores.arrays import StoredArray
+from actpipe.stores.reading import ActivationStore
 
 _ROWS_AT_ONCE = 16_384
 _ROW_BITS = 48

@@ -11,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from actpipe.errors import IncompleteStoreError
+from actpipe.stores.arrays import StoredArray
 from actpipe.stores.dtypes import as_float32
-from actpipe.stores.reading import ActivationStore, StoredArray
+from actpipe.stores.reading import ActivationStore
 from actpipe.stores.token_table import TokenTable
 
 _FAN_IN = 16
