@@ -55,7 +55,7 @@ class Extraction:
 
         self.model_folder, corpus = make_model(folder / "model"), make_corpus(folder, 1)
         recipe = make_recipe(self.model_folder, corpus, hooks, n_tokens)
-        recipe["stages"][1] |= {"dtype": dtype, "rows_per_part": 8 * BATCH_TOKENS}
+        recipe["stages"][1] |= {"dtype": dtype, "rows_per_part": 2 * BATCH_TOKENS}
         run_recipe(recipe, out=folder / "first", telemetry=quiet())
         self.tokens = RunFolder(folder / "first")
         self.manifest = read_manifest(self.tokens)
@@ -101,11 +101,10 @@ class Nowhere:
         """Nothing is there to abandon."""
 
 
-def measure_forward(rounds: int, scratch: Path, n_tokens: int = 65_536) -> None:
+def measure_forward(rounds: int, scratch: Path, n_tokens: int = 32_768) -> None:
     print(f"forward: {LAYERS} layers, d_model {D_MODEL}, {n_tokens:,} tokens, float16, medians of {rounds} rounds")
     print(f"{'stored':26} {'MB':>5} {'policy':7} time over that of storing nothing")
     choices = {
-        "resid_post of one layer": ["blocks.5.hook_resid_post"],
         "resid_post of all layers": ["blocks.*.hook_resid_post"],
         "resid_post, z and mlp_out": ["blocks.*.hook_resid_post", "blocks.*.attn.hook_z", "blocks.*.hook_mlp_out"],
     }

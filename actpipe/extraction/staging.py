@@ -48,9 +48,10 @@ class Staging:
 
     def send(self, rows: torch.Tensor) -> Landing:
         """Start moving rows to the host; they must not be changed afterwards."""
+        if rows.device.type != "cuda":
+            here = rows.cpu().reshape(-1).contiguous().view(torch.uint8)
+            return Landing(here.numel(), here)
         flat = rows.reshape(-1).contiguous().view(torch.uint8)
-        if flat.device.type != "cuda":
-            return Landing(flat.numel(), flat.cpu())
         buffer, stream = self._buffer(flat.numel()), self._stream(flat.device)
         stream.wait_stream(torch.cuda.current_stream(flat.device))
         with torch.cuda.stream(stream):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -159,7 +160,7 @@ class _RawFile:
         """Bytes from the start that came in order; the checksum is theirs."""
         self._written = 0
         try:
-            os.posix_fallocate(self._descriptor, 0, n_bytes)
+            _take_room(self._descriptor, n_bytes)
         except OSError:
             self.close()
             raise
@@ -200,6 +201,19 @@ class _RawFile:
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is not None:
             os.close(descriptor)
+
+
+def _take_room(descriptor: int, n_bytes: int) -> None:
+    """Give a file its size and its place on the disk; its size alone where the system cannot do more."""
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(descriptor, 0, n_bytes)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise
+        else:
+            return
+    os.ftruncate(descriptor, n_bytes)
 
 
 class PartWriter:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import resource
 import threading
 
 import numpy as np
 import pytest
 import torch
-from support import make_recipe, run
+from support import all_bytes, make_recipe, run
 
 from actpipe import open_store
 from actpipe.errors import StorageError
@@ -90,3 +92,16 @@ def test_the_limit_of_open_files_rises_as_far_as_is_needed(limits):
 def test_more_open_files_than_the_system_allows_are_refused(limits):
     with pytest.raises(StorageError, match=r"need 9,256 open files, and this system allows 5,000"):
         allow_open_files(9000)
+
+
+@pytest.mark.parametrize("refuses", [True, False])
+def test_a_file_system_that_cannot_give_room_at_once_is_written_all_the_same(corpus, tmp_path, monkeypatch, refuses):
+    run(make_recipe(corpus), tmp_path / "usual")
+    if refuses:
+        error = OSError(errno.EOPNOTSUPP, "not supported")
+        monkeypatch.setattr(os, "posix_fallocate", lambda *_: (_ for _ in ()).throw(error))
+    else:
+        monkeypatch.delattr(os, "posix_fallocate")
+
+    run(make_recipe(corpus), tmp_path / "run")
+    assert all_bytes(tmp_path / "run") == all_bytes(tmp_path / "usual")
