@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,12 @@ from actpipe.stores.arrays import StoredArray
 from actpipe.stores.fidelity import FidelitySummary, read_fidelity
 from actpipe.stores.layout import RunFolder
 from actpipe.stores.token_table import TokenTable
+from actpipe.stores.views import to_cache_dict, to_xarray
 from actpipe.stores.writing import missing_parts, read_manifest
+
+if TYPE_CHECKING:
+    import torch
+    import xarray
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,10 @@ class StoredDocument:
     def __getitem__(self, name: str) -> npt.NDArray[Any]:
         """Return the document's rows of one array."""
         return self.store.array(name).take(self.rows)
+
+    def to_cache_dict(self, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
+        """Return its activations as TransformerLens' `ActivationCache` takes them; see `views.to_cache_dict`."""
+        return to_cache_dict(self, names)
 
 
 def is_complete(folder: RunFolder) -> bool:
@@ -160,6 +169,10 @@ class ActivationStore:
         chunks = (self.manifest.rows_per_part, *array.manifest.row_shape)
         key = f"{array.manifest.path}-{tokenize(str(array.store), array.manifest.path, array.shape)}"
         return da.from_array(array, chunks=chunks, name=key, asarray=False, fancy=True)
+
+    def to_xarray(self) -> xarray.Dataset:
+        """Return every array under its name, lazily, with named dimensions; see `views.to_xarray`."""
+        return to_xarray(self)
 
     def rows(self, name: str, indices: npt.ArrayLike) -> npt.NDArray[Any]:
         """Return rows of one array by number, fast and in the order asked for."""
