@@ -36,9 +36,10 @@ types: $(READY)   ## check the types of what is shipped: the wheel, not the chec
 
 check: lint types test
 
-bench: $(READY)   ## extraction and hooks against the bare model; takes about half an hour
+bench: $(READY)   ## extraction, hooks and the store beside others; takes about an hour
 	$(BIN)/python benchmarks/extract.py
 	$(BIN)/python benchmarks/hooks.py
+	$(BIN)/python benchmarks/store.py
 
 families: $(READY)   ## try every architecture and write docs/families.md; takes some minutes
 	$(BIN)/python docs/survey.py

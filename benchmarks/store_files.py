@@ -18,9 +18,9 @@ from subjects import SCRATCH, SPEECHES, TOKENIZER, spread
 POLICIES = ("none", "commit")
 
 
-def rounds_of(sides: dict[str, Callable[[Path], float]], folder: Path, rounds: int) -> dict[str, list[float]]:
+def rounds_of(sides: dict[str, Callable[[Path], Any]], folder: Path, rounds: int) -> dict[str, list[Any]]:
     """Give every side its turn in every round, each in a folder that is empty; return what they answer."""
-    answers: dict[str, list[float]] = {name: [] for name in sides}
+    answers: dict[str, list[Any]] = {name: [] for name in sides}
     for number in range(rounds + 1):
         names = list(sides)
         for name in names[number % len(names) :] + names[: number % len(names)]:
