@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Literal
 
 from actpipe.errors import RecipeError
-from actpipe.schemas.recipe import AnalysisConfig
+from actpipe.schemas.analyses import AnalysisConfig
 from actpipe.schemas.results import ResultRecord
 from actpipe.stage import RunContext
 from actpipe.stores.reading import ActivationStore
 from actpipe.stores.results import Result, ResultWriter, current_result
 from actpipe.telemetry import Meter
 
-Kind = Literal["metrics", "residual", "attribution", "heads"]
 Compute = Callable[[ActivationStore, ResultWriter, Meter], Result]
 
 _NOT_THE_NUMBERS = {"name", "corpus", "block_bytes", "stage"}
@@ -24,7 +22,7 @@ def result_name(config: AnalysisConfig) -> str:
     return config.name or config.stage
 
 
-def run_analysis(context: RunContext, config: AnalysisConfig, kind: Kind, compute: Compute) -> Result:
+def run_analysis(context: RunContext, config: AnalysisConfig, kind: str, compute: Compute) -> Result:
     """Return a stage's result: the one that is there if its settings are the same, else a new one."""
     folder = context.corpus(config)
     store = ActivationStore(folder)

@@ -16,7 +16,8 @@ from ruamel.yaml.error import MarkedYAMLError
 from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 
 from actpipe.errors import RecipeError, did_you_mean
-from actpipe.schemas.recipe import BUILT_IN_STAGES, Recipe, StageConfig
+from actpipe.schemas.base import StageConfig
+from actpipe.schemas.recipe import BUILT_IN_STAGES, Recipe
 
 Path_ = tuple[str | int, ...]
 

@@ -19,14 +19,14 @@ from actpipe.models.hooked_model import HookedModel, ModelSpec
 from actpipe.models.loading import ModelSource
 from actpipe.recipes import RecipeText, check_recipe, read_recipe_text, with_overrides
 from actpipe.records import Finding
+from actpipe.schemas.analyses import AnalysisConfig
+from actpipe.schemas.base import StageConfig
 from actpipe.schemas.manifest import ModelIdentity, RunRecord
 from actpipe.schemas.recipe import (
-    AnalysisConfig,
     ExtractActivationsConfig,
     GenerateTextConfig,
     ModelConfig,
     Recipe,
-    StageConfig,
     TokenizeTextConfig,
 )
 from actpipe.stage import Plans, RunContext, Stage, check_order, find_stage, foreign_configs

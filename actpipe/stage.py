@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, runtime_chec
 
 from actpipe.errors import ActpipeError, RecipeError
 from actpipe.records import Finding, Part
-from actpipe.schemas.recipe import BUILT_IN_STAGES, ExtractActivationsConfig, Recipe, StageConfig
+from actpipe.schemas.base import StageConfig
+from actpipe.schemas.recipe import BUILT_IN_STAGES, ExtractActivationsConfig, Recipe
 from actpipe.telemetry import Telemetry
 
 if TYPE_CHECKING:

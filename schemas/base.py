@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, StringConstraints, model_serializer
+
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=64)]
+NonEmpty = Annotated[str, StringConstraints(min_length=1)]
+Dtype = Literal["float32", "float16", "bfloat16"]
 
 
 class Contract(BaseModel):
@@ -33,3 +37,17 @@ class Without(Contract):
         return {
             key: value for key, value in handler(self).items() if key not in self.without or value != self.without[key]
         }
+
+
+class StageConfig(Contract):
+    """What every stage has."""
+
+    stage: str
+    """Name of the stage, under which its package registers it."""
+    corpus: Name = "main"
+    """Which corpus of the run the stage works on; `main` is the run folder itself, others are folders in it."""
+
+    @property
+    def reads(self) -> str:
+        """The corpus that holds what the stage needs."""
+        return self.corpus

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from actpipe.schemas.base import Contract, Without
-from actpipe.schemas.recipe import Name
+from actpipe.schemas.base import Contract, Name, Without
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self, Union
 
-from actpipe.schemas.base import Contract
-from pydantic import Field, NonNegativeInt, PositiveInt, StringConstraints, field_validator, model_validator
-
-Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=64)]
-NonEmpty = Annotated[str, StringConstraints(min_length=1)]
-Dtype = Literal["float32", "float16", "bfloat16"]
+from actpipe.schemas.analyses import ANALYSES
+from actpipe.schemas.base import Contract, Dtype, Name, NonEmpty, StageConfig
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 
 class ModelConfig(Contract):
@@ -94,20 +91,6 @@ class PrefixConfig(Contract):
         if (self.text is None) == (not self.ids):
             raise ValueError("give exactly one of `text` and `ids`")
         return self
-
-
-class StageConfig(Contract):
-    """What every stage has."""
-
-    stage: str
-    """Name of the stage, under which its package registers it."""
-    corpus: Name = "main"
-    """Which corpus of the run the stage works on; `main` is the run folder itself, others are folders in it."""
-
-    @property
-    def reads(self) -> str:
-        """The corpus that holds what the stage needs."""
-        return self.corpus
 
 
 class TokenizeTextConfig(StageConfig):
@@ -265,55 +248,6 @@ class ExtractActivationsConfig(StageConfig):
         return self
 
 
-class AnalysisConfig(StageConfig):
-    """What every analysis has."""
-
-    name: Name | None = None
-    """Name of the result; by default that of the stage."""
-    block_bytes: PositiveInt = 256 * 2**20
-    """Memory that one block of rows may take while it is computed, in bytes."""
-
-
-class SummarizeMetricsConfig(AnalysisConfig):
-    """Settings of the stage `summarize_metrics`: stored metrics, such as the loss, by position."""
-
-    stage: Literal["summarize_metrics"] = "summarize_metrics"
-
-
-class DecomposeResidualConfig(AnalysisConfig):
-    """Settings of the stage `decompose_residual`: how much each component writes to the residual stream."""
-
-    stage: Literal["decompose_residual"] = "decompose_residual"
-    layer: Annotated[int, Field(ge=0)] | None = None
-    """Decompose the residual stream entering this layer; by default that leaving the last one."""
-
-
-class AttributeLogitsConfig(AnalysisConfig):
-    """Settings of the stage `attribute_logits`: direct attribution of the correct next token's logit."""
-
-    stage: Literal["attribute_logits"] = "attribute_logits"
-    heads: bool = True
-    """Attribute to every head too; needs `attn.hook_z` of every layer."""
-    keep_rows: bool = False
-    """Keep the attribution of every row, not only the means by component and position."""
-
-
-class ScoreHeadsConfig(AnalysisConfig):
-    """Settings of the stage `score_heads`: how close each head comes to a known pattern."""
-
-    stage: Literal["score_heads"] = "score_heads"
-    patterns: tuple[Literal["previous_token_head", "duplicate_token_head", "induction_head"], ...] = (
-        "previous_token_head",
-        "duplicate_token_head",
-        "induction_head",
-    )
-    """Detection patterns, by TransformerLens' names."""
-    exclude_bos: bool = False
-    """Leave out attention to the first position."""
-    exclude_current_token: bool = False
-    """Leave out attention of a token to itself."""
-
-
 class WriteReportConfig(StageConfig):
     """Settings of the stage `write_report`: every result of the run in one page."""
 
@@ -326,24 +260,14 @@ BUILT_IN_STAGES: tuple[type[StageConfig], ...] = (
     TokenizeTextConfig,
     GenerateTextConfig,
     ExtractActivationsConfig,
-    SummarizeMetricsConfig,
-    DecomposeResidualConfig,
-    AttributeLogitsConfig,
-    ScoreHeadsConfig,
+    *ANALYSES,
     WriteReportConfig,
 )
 
-AnyStage = Annotated[
-    TokenizeTextConfig
-    | GenerateTextConfig
-    | ExtractActivationsConfig
-    | SummarizeMetricsConfig
-    | DecomposeResidualConfig
-    | AttributeLogitsConfig
-    | ScoreHeadsConfig
-    | WriteReportConfig,
-    Field(discriminator="stage"),
-]
+if TYPE_CHECKING:
+    AnyStage = StageConfig
+else:
+    AnyStage = Annotated[Union[BUILT_IN_STAGES], Field(discriminator="stage")]  # noqa: UP007 - of a tuple
 
 
 class Recipe(Contract):

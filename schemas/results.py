@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from actpipe.schemas.base import Contract
-from actpipe.schemas.recipe import Name
+from actpipe.schemas.base import Contract, Name
 from pydantic import Field
 
 
@@ -14,8 +13,8 @@ class ResultRecord(Contract):
 
     schema_version: Literal[1] = 1
     name: Name
-    kind: Literal["metrics", "residual", "attribution", "heads"]
-    """What the numbers are, for the report."""
+    kind: Name
+    """What the numbers are, for the report: by it the figures are drawn."""
     corpus: Name
     settings: dict[str, object]
     """Settings of the stage that made it."""

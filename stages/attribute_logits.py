@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 import xarray as xr
-from actpipe.schemas.recipe import AttributeLogitsConfig
+from actpipe.schemas.analyses import AttributeLogitsConfig
 
 from actpipe.analysis import require_hooks, require_sum, run_analysis
 from actpipe.compute.attribution import fold_unembedding

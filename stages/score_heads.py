@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 import pandas as pd
 import xarray as xr
-from actpipe.schemas.recipe import ScoreHeadsConfig
+from actpipe.schemas.analyses import ScoreHeadsConfig
 
 from actpipe.analysis import require_decoder, require_hooks, run_analysis
 from actpipe.compute.heads import MEASURES

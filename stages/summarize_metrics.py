@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 import xarray as xr
-from actpipe.schemas.recipe import SummarizeMetricsConfig
+from actpipe.schemas.analyses import SummarizeMetricsConfig
 
 from actpipe.analysis import run_analysis
 from actpipe.errors import RecipeError

@@ -70,7 +70,7 @@ def test_stages_of_other_packages_are_found(tmp_path, corpus):
     (site / "mine.py").write_text(
         "from dataclasses import dataclass\n"
         "from typing import ClassVar, Literal\n"
-        "from actpipe.schemas.recipe import StageConfig\n"
+        "from actpipe.schemas.base import StageConfig\n"
         "from actpipe.stores.token_table import TokenTable\n"
         "class CountRowsConfig(StageConfig):\n"
         "    stage: Literal['count_rows'] = 'count_rows'\n"

@@ -14,7 +14,8 @@ from actpipe import __version__
 from actpipe.describing import describe_corpus
 from actpipe.planning import format_bytes
 from actpipe.records import Finding
-from actpipe.report.figures import plots_of
+from actpipe.report.drawing import Plot
+from actpipe.report.figures import Shown, shown_of
 from actpipe.stores.layout import RunFolder, write_whole
 from actpipe.stores.reading import ActivationStore
 from actpipe.stores.results import list_results
@@ -40,7 +41,7 @@ class _Drawn:
 class _Section:
     title: str
     lead: str
-    plots: list[_Drawn]
+    shown: list[_Drawn | Finding]
     tables: list[Finding]
 
 
@@ -89,13 +90,17 @@ def _cards(found: dict[str, RunFolder]) -> list[_Card]:
 
 
 def _section(name: str, folder: RunFolder) -> _Section:
-    plots = [
-        _Drawn(plot.title, plot.caption, plot.figure.layout.height, json.loads(plot.figure.to_json()))
-        for plot in plots_of(list_results(folder))
-    ]
+    shown = [_drawn(one) for one in shown_of(list_results(folder))]
     lead = "Nothing was tokenized yet."
     if TokenTable.exists(folder):
         table = TokenTable(folder).manifest
         sizes = f"{table.n_documents:,} documents, {table.n_rows:,} tokens in {table.n_sequences:,} sequences"
         lead = f"{table.dataset}: {sizes}"
-    return _Section(f"Corpus: {name}", lead, plots, describe_corpus(name, folder))
+    return _Section(f"Corpus: {name}", lead, shown, describe_corpus(name, folder))
+
+
+def _drawn(shown: Shown) -> _Drawn | Finding:
+    """Return a figure as the page's script takes it; tables are as they are."""
+    if isinstance(shown, Plot):
+        return _Drawn(shown.title, shown.caption, shown.figure.layout.height, json.loads(shown.figure.to_json()))
+    return shown
