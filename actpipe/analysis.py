@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 
 from actpipe.errors import RecipeError
 from actpipe.schemas.analyses import AnalysisConfig
+from actpipe.schemas.recipe import ExtractActivationsConfig
 from actpipe.schemas.results import ResultRecord
 from actpipe.stage import RunContext
 from actpipe.stores.reading import ActivationStore
@@ -75,6 +76,20 @@ def require_sum(context: RunContext, config: AnalysisConfig, *, native: bool = F
     if native and context.recipe.model.convention != "native":
         raise RecipeError(
             f"{result_name(config)} folds norms by itself and reads native activations; set `model.convention: native`"
+        )
+
+
+def require_every_token(context: RunContext, config: AnalysisConfig) -> None:
+    """Refuse an analysis of neighbouring tokens, or of whole sequences, where only some tokens will be stored.
+
+    Raises:
+        RecipeError: Says which analysis and what to change.
+    """
+    extracting = context.settings_of(ExtractActivationsConfig, config.corpus)
+    if extracting is not None and extracting.keep is not None:
+        raise RecipeError(
+            f"{result_name(config)} looks at whole sequences, and the corpus {config.corpus!r} keeps only some of "
+            "their tokens; leave out `keep`, or the stage"
         )
 
 

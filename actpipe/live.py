@@ -21,6 +21,7 @@ from actpipe.feed.selection import Selection, select_rows
 from actpipe.hooks import HookName
 from actpipe.models.hooked_model import HookedModel
 from actpipe.records import Batch, Sequence
+from actpipe.stores.documents import RowDocuments
 from actpipe.stores.layout import MAIN_CORPUS
 from actpipe.stores.token_table import TokenTable
 from actpipe.text.batching import make_batches
@@ -98,9 +99,9 @@ class LiveActivationLoader(Feed):
         table = TokenTable(open_run(Path(run)).corpus(corpus))
         tokens = TokenRows(table)
         filters = Selection(drop_special, split, validation_fraction, split_seed).filters(
-            lambda: table, tokens.read_ids
+            lambda: table, lambda: RowDocuments(table), tokens.read_ids
         )
-        self._labels = join_labels(labels, [table] if labels else [])
+        self._labels = join_labels(labels, [RowDocuments(table)] if labels else [])
         super().__init__(
             LiveRows(
                 tokens,

@@ -164,3 +164,16 @@ def _frame(config: TokenizeTextConfig, context: RunContext) -> tuple[int | None,
             "overflow: truncate, or prepend_bos: false for windows without special tokens"
         )
     return before, after
+
+
+def special_token_ids(context: RunContext, table: TokenTableManifest) -> dict[str, frozenset[int]]:
+    """Return the ids that `bos`, `eos`, `pad` and `special` mean: the tokenizer's, and what tokenizing added."""
+    try:
+        tokenizer = context.spec.tokenizer
+        named = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id}
+        every = set(tokenizer.all_special_ids)
+    except ModelLoadError:  # a corpus of ids needs no tokenizer
+        named, every = {}, set()
+    added = {"bos": table.bos_id, "eos": table.separator_id, "pad": table.pad_id}
+    ids = {name: frozenset({named.get(name), added[name]} - {None}) for name in added}
+    return {**ids, "special": frozenset(every.union(*ids.values()))}

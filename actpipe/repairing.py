@@ -19,7 +19,6 @@ from actpipe.stage import RunContext
 from actpipe.stores.layout import RunFolder
 from actpipe.stores.reading import ActivationStore
 from actpipe.stores.run_record import read_record
-from actpipe.stores.token_table import TokenTable
 from actpipe.stores.verifying import Problem, Remedy, corpora, find_problems
 from actpipe.stores.writing import withdraw
 from actpipe.telemetry import Telemetry
@@ -119,7 +118,7 @@ def _recheck_corpus(context: RunContext, name: str, n_sequences: int, seed: int)
     config = context.settings_of(ExtractActivationsConfig, name)
     if config is None:
         raise IncompleteStoreError(f"the recipe has no stage extract_activations for the corpus {name!r}")
-    first, stop = TokenTable(folder).sequence_rows()
+    first, stop = (store.kept_rows or store.tokens).sequence_rows()
     drawn = np.random.default_rng(seed).choice(len(first), min(n_sequences, len(first)), replace=False)
     parts = [Part(number, int(first[i]), int(stop[i])) for number, i in enumerate(sorted(drawn))]
     n_rows = sum(part.n_rows for part in parts)

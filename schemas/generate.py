@@ -7,7 +7,7 @@ from pathlib import Path
 
 from actpipe.schemas.base import Contract
 from actpipe.schemas.commit import Commit
-from actpipe.schemas.manifest import RunRecord, StoreManifest, TokenTableManifest
+from actpipe.schemas.manifest import KeptRowsManifest, RunRecord, StoreManifest, TokenTableManifest
 from actpipe.schemas.recipe import Recipe
 from actpipe.schemas.results import ResultRecord
 
@@ -15,6 +15,7 @@ CONTRACTS: dict[str, type[Contract]] = {
     "recipe": Recipe,
     "run": RunRecord,
     "tokens": TokenTableManifest,
+    "rows": KeptRowsManifest,
     "store": StoreManifest,
     "commit": Commit,
     "result": ResultRecord,

@@ -156,12 +156,29 @@ class ArrayManifest(Without):
     """How it is kept in one byte per value, if it is."""
 
 
-class StoreManifest(Contract):
+class KeptRowsManifest(Contract):
+    """Which tokens a store has rows of, where these are not all: the record of rows.parquet, written after it."""
+
+    schema_version: Literal[1] = 1
+    keep: dict[str, object]
+    """The recipe's `keep`, with every default filled in."""
+    tokens: dict[str, str]
+    """Checksums of the token table that they are of."""
+    n_rows: NonNegativeInt
+    rows_crc32c: str
+    """CRC-32C of the row numbers in the token table, as little-endian 64-bit integers."""
+    file_crc32c: str
+    """CRC-32C of rows.parquet."""
+
+
+class StoreManifest(Without):
     """The store as a whole; kept in the attributes of its Zarr group."""
 
+    without: ClassVar = {"kept_rows": None}
+
     format: Literal["actpipe-store"] = "actpipe-store"
-    schema_version: Literal[1, 2] = 1
-    """2 where a codec or quantisation is used, which readers of version 1 do not know."""
+    schema_version: Literal[1, 2, 3] = 1
+    """2 where a codec or quantisation is used, 3 where not every token has a row, which earlier readers do not know."""
     corpus: Name
     n_rows: NonNegativeInt
     rows_per_part: PositiveInt
@@ -171,6 +188,8 @@ class StoreManifest(Contract):
     """Values are the native model's own, or those after TransformerLens 2.16's default weight processing."""
     codec: Literal["none", "zstd", "blosc"] = "none"
     """What a chunk file holds: the row-major array, little-endian, as it is or compressed as its `zarr.json` says."""
+    kept_rows: str | None = None
+    """CRC-32C of the numbers of the tokens that have rows (`rows.parquet` lists them); none where all have."""
     model: ModelIdentity
     shape: ShapeRecord
     arrays: tuple[ArrayManifest, ...]

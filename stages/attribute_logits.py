@@ -12,7 +12,7 @@ import torch
 import xarray as xr
 from actpipe.schemas.analyses import AttributeLogitsConfig
 
-from actpipe.analysis import require_hooks, require_sum, run_analysis
+from actpipe.analysis import require_every_token, require_hooks, require_sum, run_analysis
 from actpipe.compute.attribution import fold_unembedding
 from actpipe.compute.residual import residual_components
 from actpipe.errors import IdentityError
@@ -46,6 +46,7 @@ class AttributeLogits:
     def check(self, context: RunContext) -> None:
         """Refuse a store that will lack a component or a head."""
         require_sum(context, self.config, native=True)
+        require_every_token(context, self.config)
         n_layers = context.spec.shape.n_layers
         components = residual_components(context.spec.hook_points, n_layers)
         require_hooks(context, self.config, needed_arrays(components, n_layers, heads=self.config.heads))

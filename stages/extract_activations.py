@@ -11,11 +11,12 @@ from actpipe.schemas.recipe import ExtractActivationsConfig
 from actpipe.describing import describe_fidelity
 from actpipe.errors import RecipeError
 from actpipe.extraction.estimate import estimate, row_bytes
+from actpipe.extraction.keeping import most_rows, settle_rows
 from actpipe.extraction.layout import check_encoding, check_rows_per_part, plan_store
 from actpipe.extraction.proof import prove_hooks
 from actpipe.extraction.worker import ExtractionWorker
 from actpipe.hooks import ModelShape
-from actpipe.model_inputs import ModelInputs, inputs_of
+from actpipe.model_inputs import ModelInputs, inputs_of, special_token_ids
 from actpipe.models.cache_proof import prove_cache
 from actpipe.models.loading import resolve_device
 from actpipe.planning import format_bytes, plan_parts
@@ -59,6 +60,8 @@ class ExtractActivations:
     def plan(self, context: RunContext) -> Finding:
         """Say what it will take: bytes, parts, memory, and time by running one batch."""
         n_rows = context.planned_rows[self.config.corpus]
+        if self.config.keep is not None:
+            n_rows = most_rows(self.config.keep, n_rows)
         inputs = inputs_of(context, self.config.corpus)
         manifest = plan_store(self.config, context.spec, n_rows=n_rows, inputs=inputs)
         return estimate(self.config, manifest, context.model)
@@ -68,7 +71,12 @@ class ExtractActivations:
         folder = context.corpus(self.config)
         tokens = TokenTable(folder).manifest
         inputs = ModelInputs.of_table(tokens)
-        manifest = plan_store(self.config, context.spec, n_rows=tokens.n_rows, inputs=inputs)
+        n_rows, checksum = tokens.n_rows, None
+        if self.config.keep is not None:
+            kept = settle_rows(folder, self.config.keep, special_token_ids(context, tokens))
+            n_rows, checksum = kept.n_rows, kept.rows_crc32c
+            context.telemetry.say(f"keeping {n_rows:,} of {tokens.n_rows:,} tokens")
+        manifest = plan_store(self.config, context.spec, n_rows=n_rows, inputs=inputs, kept_rows=checksum)
         create_store(folder, manifest)
         missing = missing_parts(folder, plan_parts(manifest.n_rows, manifest.rows_per_part))
         rate = self._extract(context, folder, manifest, missing) if missing else None

@@ -10,7 +10,7 @@ import pandas as pd
 import xarray as xr
 from actpipe.schemas.analyses import ScoreHeadsConfig
 
-from actpipe.analysis import require_decoder, require_hooks, run_analysis
+from actpipe.analysis import require_decoder, require_every_token, require_hooks, run_analysis
 from actpipe.compute.heads import MEASURES
 from actpipe.jobs.heads import score_store_heads
 from actpipe.records import Finding
@@ -35,6 +35,7 @@ class ScoreHeads:
         require_decoder(context, self.config)
         names = context.spec.select(["blocks.*.attn.hook_pattern"])
         require_hooks(context, self.config, names)
+        require_every_token(context, self.config)
 
     def run(self, context: RunContext) -> None:
         """Compute the scores, unless they are there."""

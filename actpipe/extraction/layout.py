@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict
+from typing import Literal
 
 from actpipe.compute.quantising import LARGEST
 from actpipe.errors import RecipeError
@@ -26,7 +27,9 @@ def check_rows_per_part(config: ExtractActivationsConfig, inputs: ModelInputs) -
     Raises:
         RecipeError: Says both numbers.
     """
-    if config.rows_per_part != "auto" and inputs.layout == "packed" and config.rows_per_part % inputs.n_rows:
+    if config.keep is not None or config.rows_per_part == "auto" or inputs.layout != "packed":
+        return
+    if config.rows_per_part % inputs.n_rows:
         less = f" less the prefix's {inputs.n_prefix}" if inputs.n_prefix else ""
         raise RecipeError(
             f"rows_per_part ({config.rows_per_part}) is not a multiple of context_length ({inputs.context_length})"
@@ -69,19 +72,28 @@ def check_chunks(config: ExtractActivationsConfig, arrays: Iterable[ArrayManifes
             )
 
 
-def plan_store(config: ExtractActivationsConfig, spec: ModelSpec, *, n_rows: int, inputs: ModelInputs) -> StoreManifest:
+def plan_store(
+    config: ExtractActivationsConfig,
+    spec: ModelSpec,
+    *,
+    n_rows: int,
+    inputs: ModelInputs,
+    kept_rows: str | None = None,
+) -> StoreManifest:
     """Settle shapes, types and parts of everything that will be stored.
 
     Args:
         config: What to store.
         spec: The model.
-        n_rows: Tokens of the corpus.
-        inputs: Its sequences.
+        n_rows: Tokens that are stored.
+        inputs: The sequences of the corpus.
+        kept_rows: Checksum of the numbers of those tokens, where they are not all.
     """
     check_rows_per_part(config, inputs)
     rows_per_part = config.rows_per_part
     if rows_per_part == "auto":
-        rows_per_part = rows_per_part_for(n_rows, multiple_of=1 if inputs.layout == "documents" else inputs.n_rows)
+        whole = config.keep is None and inputs.layout != "documents"
+        rows_per_part = rows_per_part_for(n_rows, multiple_of=inputs.n_rows if whole else 1)
     code = config.dtype if config.dtype in LARGEST else None
     dtype = "float32" if code else spec.identity.dtype if config.dtype == "model" else config.dtype
     columns = {**TOKEN_ARRAYS, **(GENERATED if inputs.generated else {})}
@@ -103,14 +115,22 @@ def plan_store(config: ExtractActivationsConfig, spec: ModelSpec, *, n_rows: int
         for metric in dict.fromkeys(config.metrics)
     ]
     return StoreManifest(
-        schema_version=1 if code is None and config.codec == "none" else 2,
+        schema_version=_version(config, quantised=code is not None),
         codec=config.codec,
         corpus=config.corpus,
         n_rows=n_rows,
         rows_per_part=rows_per_part,
         context_length=inputs.context_length,
         convention=spec.convention,
+        kept_rows=kept_rows,
         model=spec.identity,
         shape=record_shape(spec.shape),
         arrays=tuple(arrays),
     )
+
+
+def _version(config: ExtractActivationsConfig, *, quantised: bool) -> Literal[1, 2, 3]:
+    """Return the earliest version of the manifest whose readers read such a store right."""
+    if config.keep is not None:
+        return 3
+    return 2 if quantised or config.codec != "none" else 1

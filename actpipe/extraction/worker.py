@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -16,6 +16,7 @@ from actpipe.compute.casting import cast_rows
 from actpipe.compute.next_token import next_token_metrics
 from actpipe.errors import DtypeOverflowError
 from actpipe.extraction.layout import GENERATED, TOKEN_ARRAYS
+from actpipe.extraction.rows import WantedRows, rows_of_part
 from actpipe.extraction.staging import Landing, Staging
 from actpipe.models.caching import KeyValueCache
 from actpipe.models.capture import Capture
@@ -24,6 +25,7 @@ from actpipe.models.taps import UNEMBED_INPUT
 from actpipe.records import Batch, Part, Sequence
 from actpipe.schemas.manifest import StoreManifest
 from actpipe.schemas.recipe import ExtractActivationsConfig
+from actpipe.stores.kept_rows import KeptRows
 from actpipe.stores.layout import RunFolder
 from actpipe.stores.token_table import TokenTable
 from actpipe.stores.writing import PartWriter, allow_open_files
@@ -58,22 +60,10 @@ class PartSink(Protocol):
 
 
 @dataclass(frozen=True)
-class _Piece:
-    """Rows of one sequence that one pass computes."""
-
-    number: int
-    """Which sequence of the batch."""
-    sequence: Sequence
-    positions: range
-    """Positions in the sequence."""
-    first_row: int
-
-
-@dataclass(frozen=True)
 class _Placement:
     """Where the rows of one pass come from and go to."""
 
-    pieces: tuple[_Piece, ...]
+    pieces: tuple[WantedRows, ...]
     keep: torch.Tensor | None
     """Flat indices into `(batch, position)` of the rows to store; None where that is all of them."""
 
@@ -98,7 +88,7 @@ class _Placement:
         """Return what is known of each row before any pass."""
         columns: dict[str, list[Any]] = {name: [] for name in (*TOKEN_ARRAYS, *GENERATED)}
         for piece in self.pieces:
-            sequence, positions = piece.sequence, np.asarray(piece.positions)
+            sequence, positions = piece.sequence, piece.positions
             columns["input_ids"].append(sequence.ids[positions])
             columns["position"].append(positions)
             columns["sequence"].append(np.full(len(positions), sequence.sequence))
@@ -108,16 +98,14 @@ class _Placement:
         return {name: np.concatenate(pieces) for name, pieces in columns.items()}
 
 
-def _place(batch: Batch, part: Part, columns: range) -> _Placement:
-    """Say which rows of the part lie in some columns of a batch."""
+def _place(batch: Batch, wanted: Mapping[int, WantedRows], columns: range) -> _Placement:
+    """Say which of the wanted rows lie in some columns of a batch."""
     pieces, keep = [], []
     for number, sequence in enumerate(batch.sequences):
-        offset = sequence.n_context - sequence.first_row
-        start = max(max(sequence.first_row, part.row_start) + offset, columns.start)
-        stop = min(min(sequence.row_stop, part.row_stop) + offset, columns.stop)
-        if start < stop:
-            pieces.append(_Piece(number, sequence, range(start, stop), start - offset))
-            keep.append(number * len(columns) + np.arange(start, stop) - columns.start)
+        piece = wanted[sequence.sequence].within(columns)
+        if len(piece.positions):
+            pieces.append(piece)
+            keep.append(number * len(columns) + piece.positions - columns.start)
     n_rows = sum(map(len, keep))
     everything = n_rows == len(batch.sequences) * len(columns)
     return _Placement(tuple(pieces), None if everything or not keep else torch.from_numpy(np.concatenate(keep)))
@@ -138,6 +126,7 @@ class ExtractionWorker:
         self._model = model
         self._open_part = open_part
         self._tokens = TokenTable(folder)
+        self._kept = None if manifest.kept_rows is None else KeptRows(folder)
         self._arrays = {array.path: array for array in manifest.arrays}
         self._staging = Staging()
         self._capture: Capture
@@ -182,15 +171,16 @@ class ExtractionWorker:
     def __call__(self, part: Part) -> None:
         """Run every sequence that has a row in the part, and hand the part over for its commit."""
         self._writing.wait_until(lambda: len(self._unfinished) < PARTS_IN_FLIGHT)
-        sequences = list(self._tokens.read_sequences(part.row_start, part.row_stop))
+        wanted = {rows.sequence.sequence: rows for rows in rows_of_part(self._tokens, self._kept, part)}
+        sequences = [rows.sequence for rows in wanted.values()]
         self._writer = self._open_part(part)
         self._unfinished.add(self._writer)
         follows = [sequence for sequence in sequences if self._follows_prefix(sequence)]
         for batch in make_batches(follows, self._config.batch_tokens):
-            self._run(batch, part, self._prefix)
+            self._run(batch, wanted, self._prefix)
         others = [sequence for sequence in sequences if not self._follows_prefix(sequence)]
         for batch in make_batches(others, self._config.batch_tokens):
-            self._run(batch, part, None)
+            self._run(batch, wanted, None)
         self._writing.put(partial(self._finish, self._writer), 0)
 
     def _follows_prefix(self, sequence: Sequence) -> bool:
@@ -216,7 +206,7 @@ class ExtractionWorker:
         for writer in self._unfinished:
             writer.abandon()
 
-    def _run(self, batch: Batch, part: Part, prefix: KeyValueCache | None) -> None:
+    def _run(self, batch: Batch, wanted: Mapping[int, WantedRows], prefix: KeyValueCache | None) -> None:
         """Run a batch, after the prefix if there is one, in one pass or in several."""
         padded = np.zeros((len(batch.sequences), batch.width), np.int64)
         for number, sequence in enumerate(batch.sequences):
@@ -231,7 +221,7 @@ class ExtractionWorker:
             held = self._model.new_kv_cache()
         for start in range(first, batch.width, at_once):
             columns = range(start, min(start + at_once, batch.width))
-            self._placement = _place(batch, part, columns)
+            self._placement = _place(batch, wanted, columns)
             self._store_tokens()
             here = {name: tensor[:, start : columns.stop] for name, tensor in inputs.items()}
             self._capture.run(**(here if held is None else held.extend(here)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from itertools import chain
 from typing import Any, Literal
@@ -13,68 +12,28 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from actpipe.errors import DatasetError, IncompleteStoreError, did_you_mean
+from actpipe.compute.sampling import is_drawn
+from actpipe.errors import DatasetError
 from actpipe.feed.permutation import Indices
-from actpipe.stores.token_table import TokenTable
+from actpipe.stores.documents import RowDocuments
 
 Split = Literal["train", "validation"]
 
 
-class RowDocuments:
-    """The documents that have rows, in the order of their rows.
-
-    A row belongs to the first document that ends after it: its own, or, for a BOS between two documents,
-    the one it stands before.
-
-    Raises:
-        IncompleteStoreError: The corpus keeps no track of documents.
-    """
-
-    def __init__(self, tokens: TokenTable) -> None:
-        if tokens.manifest.layout in ("tl2", "tl3"):
-            raise IncompleteStoreError(
-                f"{tokens.folder.root} was tokenized as TransformerLens does, which keeps no track of documents; "
-                "labels and splits need `compat: none`"
-            )
-        self._tokens = tokens
-        stops = tokens.read_documents(["row_stop"])["row_stop"]
-        self._have_rows = pc.is_valid(stops)
-        self._row_stops: Indices = stops.filter(self._have_rows).to_numpy().astype(np.int64)
-
-    def of_rows(self, rows: Indices) -> Indices:
-        """Return, for each row, which of the documents with rows it belongs to."""
-        return np.searchsorted(self._row_stops, rows, side="right")
-
-    def column(self, name: str) -> pa.ChunkedArray:
-        """Return a column of documents.parquet, for documents with rows only.
-
-        Raises:
-            DatasetError: There is no such column.
-        """
-        known = self._tokens.document_columns
-        if name not in known:
-            raise DatasetError(
-                f"documents.parquet of {self._tokens.folder.root} has no column {name!r}, "
-                f"only {', '.join(known)}{did_you_mean(name, known)}"
-            )
-        return self._tokens.read_documents([name])[name].filter(self._have_rows)
-
-    def in_split(self, split: Split, fraction: float, seed: int) -> npt.NDArray[np.bool_]:
-        """Return which of the documents with rows are in a split; see `is_validation`."""
-        ids = chain.from_iterable(chunk.to_pylist() for chunk in self.column("id").chunks)
-        held_out = (is_validation(document, fraction, seed) for document in ids)
-        chosen = np.fromiter(held_out, np.bool_, len(self._row_stops))
-        return chosen if split == "validation" else ~chosen
+def in_split(documents: RowDocuments, split: Split, fraction: float, seed: int) -> npt.NDArray[np.bool_]:
+    """Return which of the documents with rows are in a split; see `is_validation`."""
+    ids = chain.from_iterable(chunk.to_pylist() for chunk in documents.column("id").chunks)
+    held_out = (is_validation(document, fraction, seed) for document in ids)
+    chosen = np.fromiter(held_out, np.bool_, len(documents))
+    return chosen if split == "validation" else ~chosen
 
 
 def is_validation(document_id: object, fraction: float, seed: int) -> bool:
     """Say whether a document is held out: its id alone decides, whatever else is in the corpus.
 
-    The first eight bytes of BLAKE2b over the seed and the id, as a fraction of all that they can be, are
-    below `fraction`. Documents of one id are always in the same split, in other runs too.
+    See `sampling.is_drawn`. Documents of one id are always in the same split, in other runs too.
     """
-    digest = hashlib.blake2b(f"{seed}:{document_id}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < fraction * 2**64
+    return is_drawn(f"{seed}:{document_id}", fraction)
 
 
 class Labels:
@@ -117,9 +76,9 @@ class Labels:
         return self._values[source][torch.from_numpy(self._documents[source].of_rows(rows))]
 
 
-def join_labels(names: Iterable[str], corpora: Iterable[TokenTable]) -> dict[str, Labels]:
+def join_labels(names: Iterable[str], corpora: Iterable[RowDocuments]) -> dict[str, Labels]:
     """Return labels by the column that they are of, for the corpora of a feed in turn."""
-    documents = [RowDocuments(tokens) for tokens in corpora]
+    documents = tuple(corpora)
     labels = {name: Labels(name, documents) for name in names}
     for taken in {"row", "source"} & set(labels):
         raise DatasetError(f"the label {taken!r} has the name of a tensor that every batch holds; rename the column")

@@ -116,7 +116,7 @@ class ActivationLoader(Feed):
         selection = Selection(drop_special, split, validation_fraction, split_seed)
         sources = [Source(store, select_arrays(store, hooks), _select_rows(store, selection)) for store in stores]
         mixture = Mixture([len(source.rows) for source in sources], weights, seed if shuffle else None)
-        self._labels = join_labels(labels, [store.tokens for store in stores] if labels else [])
+        self._labels = join_labels(labels, [store.documents for store in stores] if labels else [])
         super().__init__(
             StoredRows(sources, mixture, self._labels),
             settings,
@@ -166,7 +166,9 @@ def _select_rows(store: ActivationStore, selection: Selection) -> RowSet:
     if not parts:
         raise IncompleteStoreError(f"{store.folder.store} has no finished part yet; run its recipe first")
     filters = selection.filters(
-        lambda: store.tokens, lambda start, stop: store.array("tokens/input_ids").read(start, stop)
+        lambda: store.tokens,
+        lambda: store.documents,
+        lambda start, stop: store.array("tokens/input_ids").read(start, stop),
     )
     return select_rows([(part.row_start, part.row_stop) for part in parts], filters)
 

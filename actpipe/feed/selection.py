@@ -10,9 +10,10 @@ from functools import reduce
 import numpy as np
 import numpy.typing as npt
 
-from actpipe.feed.documents import RowDocuments, Split
+from actpipe.feed.documents import Split, in_split
 from actpipe.feed.permutation import Indices
 from actpipe.schemas.manifest import TokenTableManifest
+from actpipe.stores.documents import RowDocuments
 from actpipe.stores.token_table import TokenTable
 
 Mask = npt.NDArray[np.bool_]
@@ -77,14 +78,16 @@ class Selection:
         if self.split is not None and not 0 < self.validation_fraction < 1:
             raise ValueError(f"validation_fraction must be between 0 and 1, got {self.validation_fraction}")
 
-    def filters(self, open_tokens: Callable[[], TokenTable], read_ids: ReadIds) -> list[Filter]:
+    def filters(
+        self, open_tokens: Callable[[], TokenTable], open_documents: Callable[[], RowDocuments], read_ids: ReadIds
+    ) -> list[Filter]:
         """Return what to ask of the rows of a corpus, whose token table is opened only where it is needed."""
         filters = []
         if self.drop_special:
             dropped = _special_ids(open_tokens().manifest) if self.drop_special is True else self.drop_special
             filters.append(_without_ids(dropped, read_ids))
         if self.split is not None:
-            filters.append(_of_split(open_tokens(), self.split, self.validation_fraction, self.split_seed))
+            filters.append(_of_split(open_documents(), self.split, self.validation_fraction, self.split_seed))
         return filters
 
 
@@ -99,8 +102,7 @@ def _special_ids(tokens: TokenTableManifest) -> set[int]:
     return {token for token in (tokens.bos_id, tokens.separator_id, tokens.pad_id) if token is not None}
 
 
-def _of_split(tokens: TokenTable, split: Split, fraction: float, seed: int) -> Filter:
+def _of_split(documents: RowDocuments, split: Split, fraction: float, seed: int) -> Filter:
     """Want the tokens of the documents in a split."""
-    documents = RowDocuments(tokens)
-    chosen = documents.in_split(split, fraction, seed)
+    chosen = in_split(documents, split, fraction, seed)
     return lambda start, stop: chosen[documents.of_rows(np.arange(start, stop))]

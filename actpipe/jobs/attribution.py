@@ -84,6 +84,7 @@ def attribute_store(
     components = components_of(store)
     names = needed_arrays(components, shape.n_layers, heads=weights.W_O is not None)
     require_arrays(store, names, "attribute_logits")
+    store.require_every_token("attribute_logits")
     checked = [MODEL_LOGIT] if MODEL_LOGIT in store else []
 
     def attribute(block: RowBlock) -> AttributionSums:

@@ -46,6 +46,7 @@ def score_store_heads(
     """
     names = [f"blocks.{layer}.attn.hook_pattern" for layer in layers]
     require_arrays(store, names, "score_heads")
+    store.require_every_token("score_heads")
     arrays = {name: store.array(name) for name in names}
     row_bytes = 4 * 4 * max(int(np.prod(array.manifest.row_shape)) for array in arrays.values())
 

@@ -13,7 +13,7 @@ from actpipe.stores.verifying import corpora
 _ON_ITS_WAY = re.compile(r".+-[0-9a-f]{12}")
 """What `RunFolder.new_partial` calls a folder."""
 _HALF_WRITTEN = re.compile(
-    r"\.(run\.yaml|tokens\.json|part-\d{8}\.json|report\.html|\.lock|[a-z0-9][a-z0-9_-]*\.json)\.[0-9a-f]{12}"
+    r"\.(run\.yaml|tokens\.json|rows\.json|part-\d{8}\.json|report\.html|\.lock|[a-z0-9][a-z0-9_-]*\.json)\.[0-9a-f]{12}"
 )
 """What `write_whole` and the lock call a file before it has its name."""
 

@@ -56,6 +56,16 @@ class RunFolder:
         return self.root / "sequences.parquet"
 
     @property
+    def rows(self) -> Path:
+        """One row per token that the store keeps, where these are not all."""
+        return self.root / "rows.parquet"
+
+    @property
+    def rows_commit(self) -> Path:
+        """Commit record of `rows.parquet`."""
+        return self.commits / "rows.json"
+
+    @property
     def tokenizer(self) -> Path:
         """The tokenizer, so that text can be had from ids for ever."""
         return self.root / "tokenizer"

@@ -15,7 +15,9 @@ from actpipe.hooks import BlockShape, ModelShape
 from actpipe.planning import count_parts, plan_parts
 from actpipe.schemas.manifest import StoreManifest
 from actpipe.stores.arrays import StoredArray
+from actpipe.stores.documents import RowDocuments
 from actpipe.stores.fidelity import FidelitySummary, read_fidelity
+from actpipe.stores.kept_rows import KeptRows
 from actpipe.stores.layout import RunFolder
 from actpipe.stores.token_table import TokenTable
 from actpipe.stores.views import to_cache_dict, to_xarray
@@ -139,6 +141,32 @@ class ActivationStore:
         """The token table that the store was made from."""
         return TokenTable(self.folder)
 
+    @cached_property
+    def kept_rows(self) -> KeptRows | None:
+        """Which tokens have rows, where these are not all."""
+        return None if self.manifest.kept_rows is None else KeptRows(self.folder)
+
+    @cached_property
+    def documents(self) -> RowDocuments:
+        """Which document each row is of.
+
+        Raises:
+            IncompleteStoreError: The corpus keeps no track of documents.
+        """
+        return RowDocuments(self.tokens, self.kept_rows)
+
+    def require_every_token(self, what: str) -> None:
+        """Refuse what looks at neighbouring tokens, or at whole sequences, where not every token has a row.
+
+        Raises:
+            IncompleteStoreError: Says what needs them, and what to do.
+        """
+        if self.manifest.kept_rows is not None:
+            raise IncompleteStoreError(
+                f"{what} looks at whole sequences, and {self.folder.store} keeps only some of their tokens; extract "
+                "without `keep`"
+            )
+
     def __contains__(self, name: object) -> bool:
         return name in self._by_name
 
@@ -194,6 +222,8 @@ class ActivationStore:
             )
         if columns["row_start"] is None:
             return np.empty(0, np.int64)
+        if self.kept_rows is not None:
+            return self._kept_rows_of(self.kept_rows, columns)
         rows = np.arange(columns["row_start"], columns["row_stop"], dtype=np.int64)
         table = self.tokens.manifest
         if table.bos_id is not None:
@@ -201,6 +231,20 @@ class ActivationStore:
         if table.separator_id is not None and len(rows) > columns["n_tokens"]:
             rows = rows[: columns["n_tokens"]]
         return rows
+
+    def _kept_rows_of(self, kept: KeptRows, columns: Mapping[str, Any]) -> npt.NDArray[np.int64]:
+        """Return the rows of a document's own tokens that were kept."""
+        stop = columns["row_stop"]
+        first, last = kept.count_before(np.array([columns["row_start"], stop]))
+        rows = np.arange(first, last)
+        table = self.tokens.manifest
+        own = np.ones(len(rows), np.bool_)
+        if table.bos_id is not None:
+            own &= self.array("tokens/position").take(rows) != 0
+        if table.separator_id is not None:
+            places, _ = kept.read(int(first), int(last))
+            own &= (places != stop - 1) | (self.array("tokens/input_ids").take(rows) != table.separator_id)
+        return rows[own]
 
     def decode(self, ids: npt.NDArray[Any]) -> str:
         """Turn token ids into text with the tokenizer kept in the run folder.

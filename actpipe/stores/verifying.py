@@ -19,6 +19,7 @@ from actpipe.schemas.commit import ChunkRecord, Commit
 from actpipe.schemas.manifest import StoreManifest
 from actpipe.schemas.results import ResultRecord
 from actpipe.stores.encoding import chunk_paths
+from actpipe.stores.kept_rows import read_kept_rows
 from actpipe.stores.layout import RunFolder, crc32c_of, sha256_of
 from actpipe.stores.token_table import TokenTable
 from actpipe.stores.writing import (
@@ -49,6 +50,7 @@ class Remedy(Enum):
     """What mends a problem."""
 
     TOKENS = "make the token table again"
+    ROWS = "choose the rows again"
     METADATA = "write the store's metadata again"
     PART = "do the part again"
     RESUME = "continue the run"
@@ -89,6 +91,7 @@ def find_problems(folder: RunFolder, progress: Progress = lambda _: None) -> lis
     except IncompleteStoreError:
         what = "holds no manifest; the chunks were not checked"
         return [*problems, Problem("zarr.json", what, Remedy.METADATA, folder.store / "zarr.json")]
+    problems += _row_problems(folder, manifest)
     problems += _metadata_problems(folder, manifest)
     parts = plan_parts(manifest.n_rows, manifest.rows_per_part)
     missing = {part.index for part in missing_parts(folder, parts)}
@@ -123,6 +126,24 @@ def _token_problems(folder: RunFolder) -> Iterator[Problem]:
         yield Problem("tokenizer/tokenizer.json", "missing", Remedy.NONE)
     elif sha256_of(definition) != manifest.tokenizer_sha256:
         yield Problem("tokenizer/tokenizer.json", "checksum differs from the one committed", Remedy.NONE)
+
+
+def _row_problems(folder: RunFolder, manifest: StoreManifest) -> Iterator[Problem]:
+    """Compare the row table, where there should be one, with its record, and that with the manifest."""
+    if manifest.kept_rows is None:
+        return
+    record = folder.rows_commit
+    try:
+        kept = read_kept_rows(folder)
+    except ValidationError as error:
+        yield Problem(record.name, f"is no commit record ({_first_line(error)})", Remedy.ROWS, record)
+        return
+    if kept is None:
+        yield Problem(record.name, "missing", Remedy.ROWS, record)
+    elif kept.rows_crc32c != manifest.kept_rows:
+        yield Problem(record.name, "is of other rows than the store's manifest", Remedy.ROWS, record)
+    elif what := _file_problem(folder.rows, kept.file_crc32c):
+        yield Problem(folder.rows.name, what, Remedy.ROWS, record)
 
 
 def _result_problems(folder: RunFolder) -> Iterator[Problem]:
@@ -208,7 +229,8 @@ def _foreign_files(folder: RunFolder, manifest: StoreManifest, parts: tuple[Part
         relative = path.relative_to(folder.store).as_posix()
         if not path.is_dir() and relative not in ours:
             yield Problem(relative, "belongs to no part of this store", Remedy.NONE)
-    records = {folder.token_commit, folder.withdrawn_tokens, *(folder.part_commit(part.index) for part in parts)}
+    records = {folder.part_commit(part.index) for part in parts}
+    records |= {folder.token_commit, folder.withdrawn_tokens, folder.rows_commit}
     for path in sorted(folder.commits.iterdir()) if folder.commits.is_dir() else ():
         if path not in records:
             yield Problem(f"commits/{path.name}", "is no record of this store", Remedy.NONE)
