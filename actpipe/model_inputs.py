@@ -175,5 +175,5 @@ def special_token_ids(context: RunContext, table: TokenTableManifest) -> dict[st
     except ModelLoadError:  # a corpus of ids needs no tokenizer
         named, every = {}, set()
     added = {"bos": table.bos_id, "eos": table.separator_id, "pad": table.pad_id}
-    ids = {name: frozenset({named.get(name), added[name]} - {None}) for name in added}
+    ids = {name: frozenset(token for token in (named.get(name), added[name]) if token is not None) for name in added}
     return {**ids, "special": frozenset(every.union(*ids.values()))}

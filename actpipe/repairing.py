@@ -11,6 +11,7 @@ import numpy as np
 
 from actpipe.describing import open_run
 from actpipe.errors import IncompleteStoreError
+from actpipe.extraction.deriving import plan_derivations
 from actpipe.extraction.rechecking import Difference, recheck
 from actpipe.records import Finding, Part
 from actpipe.running import check_against_record, prepare, run_after
@@ -122,8 +123,9 @@ def _recheck_corpus(context: RunContext, name: str, n_sequences: int, seed: int)
     drawn = np.random.default_rng(seed).choice(len(first), min(n_sequences, len(first)), replace=False)
     parts = [Part(number, int(first[i]), int(stop[i])) for number, i in enumerate(sorted(drawn))]
     n_rows = sum(part.n_rows for part in parts)
+    derivations = plan_derivations(config, context.spec, context.base, store.manifest.context_length)
     with context.telemetry.progress(f"compare {name}", n_rows, "tokens") as meter:
-        return recheck(store, context.model, config, parts, meter)
+        return recheck(store, context.model, config, parts, meter, derivations)
 
 
 def _describe(name: str, differences: list[Difference]) -> Finding:

@@ -139,10 +139,20 @@ class Quantisation(Contract):
     """Path of the array (part, ...), float32: one row of scales for each part."""
 
 
+class Derivation(Contract):
+    """What an array was made of, and how."""
+
+    hook: str
+    settings: dict[str, object]
+    """The recipe's entry of `derive`."""
+    sha256: Sha256 | None = None
+    """SHA-256 of the file of weights, if there was one."""
+
+
 class ArrayManifest(Without):
     """One array of a store."""
 
-    without: ClassVar = {"quantisation": None}
+    without: ClassVar = {"quantisation": None, "derived": None}
 
     path: str
     """Path in the Zarr group: `activations/blocks.3.hook_resid_post`."""
@@ -154,6 +164,8 @@ class ArrayManifest(Without):
     """Names of the axes, `row` first; Zarr's `dimension_names`."""
     quantisation: Quantisation | None = None
     """How it is kept in one byte per value, if it is."""
+    derived: Derivation | None = None
+    """What it was made of, where it is not an activation itself."""
 
 
 class KeptRowsManifest(Contract):
@@ -178,7 +190,8 @@ class StoreManifest(Without):
 
     format: Literal["actpipe-store"] = "actpipe-store"
     schema_version: Literal[1, 2, 3] = 1
-    """2 where a codec or quantisation is used, 3 where not every token has a row, which earlier readers do not know."""
+    """2 where a codec or quantisation is used, 3 where not every token has a row or arrays are derived from
+    activations, which earlier readers do not know."""
     corpus: Name
     n_rows: NonNegativeInt
     rows_per_part: PositiveInt

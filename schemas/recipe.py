@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Annotated, Literal, Self, Union
 
 from actpipe.schemas.analyses import ANALYSES
 from actpipe.schemas.base import Contract, Dtype, Name, NonEmpty, StageConfig
+from actpipe.schemas.choosing import DeriveConfig, KeepConfig
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
-
-Scalar = str | int | float | bool
 
 
 class ModelConfig(Contract):
@@ -209,45 +207,6 @@ class GenerateTextConfig(StageConfig):
         return self
 
 
-Special = Literal["bos", "eos", "pad", "special"]
-
-
-class KeepConfig(Contract):
-    """Which tokens get rows in the store: those for which every condition holds. Model inputs stay whole."""
-
-    positions: tuple[int, ...] | None = None
-    """Positions in the model input, -1 for its last."""
-    every: PositiveInt | None = None
-    """Every so manieth row of the token table, the first included."""
-    exclude: tuple[Special | NonNegativeInt, ...] = ()
-    """Tokens to leave out: `bos`, `eos`, `pad`, all that the tokenizer calls `special`, or ids."""
-    fraction: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Keep this share of the documents, drawn by a hash of their ids."""
-    seed: Annotated[int, Field(ge=0)] = 0
-    """Seed of that hash."""
-    where: dict[NonEmpty, Scalar | tuple[Scalar, ...]] = Field(default_factory=dict)
-    """Only documents with these values in columns of documents.parquet."""
-    match: NonEmpty | None = None
-    """A regular expression: tokens that hold a character of a match in their document's text."""
-    spans: NonEmpty | None = None
-    """A column of JSON lists `[[start, stop], ...]`: tokens that hold a character of these in their document's text."""
-
-    @field_validator("match")
-    @classmethod
-    def _compiles(cls, value: str | None) -> str | None:
-        try:
-            re.compile(value or "")
-        except re.error as error:
-            raise ValueError(f"{value!r} is not a regular expression: {error}") from error
-        return value
-
-    @model_validator(mode="after")
-    def _says_something(self) -> Self:
-        if self == type(self).model_construct(seed=self.seed):
-            raise ValueError("`keep` has no condition; leave it out to store every token")
-        return self
-
-
 class ExtractActivationsConfig(StageConfig):
     """Settings of the stage `extract_activations`: token table -> activation store."""
 
@@ -256,6 +215,8 @@ class ExtractActivationsConfig(StageConfig):
     """TransformerLens names; `*` and lists such as `[0-5]` or `[0,-1]` stand for layer numbers."""
     keep: KeepConfig | None = None
     """Which tokens to store; by default all."""
+    derive: tuple[DeriveConfig, ...] = ()
+    """Store less of activations, or something computed from them, in their place or beside them."""
     metrics: tuple[Literal["loss", "entropy", "correct", "correct_logit"], ...] = ()
     """Of the next token: loss and entropy in nats, whether the top prediction was right, its logit."""
     dtype: Literal["model"] | Dtype | Literal["int8", "float8_e4m3"] = "model"
@@ -287,8 +248,11 @@ class ExtractActivationsConfig(StageConfig):
 
     @model_validator(mode="after")
     def _something_to_store(self) -> Self:
-        if not self.hooks and not self.metrics:
-            raise ValueError("nothing to store: name `hooks`, `metrics` or both")
+        if not self.hooks and not self.metrics and not self.derive:
+            raise ValueError("nothing to store: name `hooks`, `metrics` or `derive`")
+        names = [derived.name for derived in self.derive]
+        if len(set(names)) < len(names):
+            raise ValueError(f"`derive` has two entries of one name among {names}")
         return self
 
 

@@ -10,6 +10,7 @@ from actpipe.schemas.recipe import ExtractActivationsConfig
 
 from actpipe.describing import describe_fidelity
 from actpipe.errors import RecipeError
+from actpipe.extraction.deriving import Derivation, captured_hooks, plan_derivations
 from actpipe.extraction.estimate import estimate, row_bytes
 from actpipe.extraction.keeping import most_rows, settle_rows
 from actpipe.extraction.layout import check_encoding, check_rows_per_part, plan_store
@@ -43,14 +44,16 @@ class ExtractActivations:
                 f"metrics are of the next token, which a {context.spec.anatomy.family.name} model does not predict for "
                 "a text that it sees whole; leave `metrics` out"
             )
-        for name in context.spec.select(self.config.hooks):
+        names = context.spec.select(captured_hooks(self.config))
+        for name in names:
             if why := context.spec.hook_points[name].not_stored:
                 raise RecipeError(f"{name} cannot be stored: {why}; {_way_out(context.spec.shape)}")
             if given_by := context.spec.hook_points[name].on_request:
                 how = f"store {given_by}, and z W_O gives it" if name.endswith("result") else f"{given_by} holds it"
                 raise RecipeError(f"{name} is never stored: {how}")
-        check_encoding(self.config, context.spec.select(self.config.hooks))
+        check_encoding(self.config, names)
         inputs = inputs_of(context, self.config.corpus)
+        self._derivations(context, inputs)
         check_rows_per_part(self.config, inputs)
         if inputs.n_prefix or self.config.chunk_tokens is not None:
             self._check_pieces(context)
@@ -63,7 +66,8 @@ class ExtractActivations:
         if self.config.keep is not None:
             n_rows = most_rows(self.config.keep, n_rows)
         inputs = inputs_of(context, self.config.corpus)
-        manifest = plan_store(self.config, context.spec, n_rows=n_rows, inputs=inputs)
+        derivations = self._derivations(context, inputs)
+        manifest = plan_store(self.config, context.spec, n_rows=n_rows, inputs=inputs, derivations=derivations)
         return estimate(self.config, manifest, context.model)
 
     def run(self, context: RunContext) -> None:
@@ -76,12 +80,22 @@ class ExtractActivations:
             kept = settle_rows(folder, self.config.keep, special_token_ids(context, tokens))
             n_rows, checksum = kept.n_rows, kept.rows_crc32c
             context.telemetry.say(f"keeping {n_rows:,} of {tokens.n_rows:,} tokens")
-        manifest = plan_store(self.config, context.spec, n_rows=n_rows, inputs=inputs, kept_rows=checksum)
+        manifest = plan_store(
+            self.config,
+            context.spec,
+            n_rows=n_rows,
+            inputs=inputs,
+            kept_rows=checksum,
+            derivations=self._derivations(context, inputs),
+        )
         create_store(folder, manifest)
         missing = missing_parts(folder, plan_parts(manifest.n_rows, manifest.rows_per_part))
         rate = self._extract(context, folder, manifest, missing) if missing else None
         store = ActivationStore(folder)
         context.findings += [_describe(store, rate), *describe_fidelity(store)]
+
+    def _derivations(self, context: RunContext, inputs: ModelInputs) -> tuple[Derivation, ...]:
+        return plan_derivations(self.config, context.spec, context.base, inputs.context_length)
 
     def _check_pieces(self, context: RunContext) -> None:
         shape = context.spec.shape
@@ -92,7 +106,8 @@ class ExtractActivations:
             )
 
     def _extract(self, context: RunContext, folder: RunFolder, manifest: StoreManifest, missing: list[Part]) -> float:
-        names = context.spec.select(self.config.hooks)
+        names = context.spec.select(captured_hooks(self.config))
+        derivations = plan_derivations(self.config, context.spec, context.base, manifest.context_length)
         prove_hooks(context.model, TokenTable(folder), names)
         if TokenTable(folder).manifest.prefix_ids or self.config.chunk_tokens is not None:
             prove_cache(context.model, names)
@@ -103,7 +118,9 @@ class ExtractActivations:
             )
         with (
             context.telemetry.progress(f"extract {self.config.corpus}", n_rows, "tokens") as meter,
-            ExtractionWorker.open(self.config, context.model, folder, manifest, meter) as worker,
+            ExtractionWorker.open(
+                self.config, context.model, folder, manifest, meter, derivations=derivations
+            ) as worker,
         ):
             context.engine.run_parts(missing, worker)
         return meter.rate

@@ -7,6 +7,7 @@ import time
 
 import torch
 
+from actpipe.extraction.deriving import captured_hooks
 from actpipe.extraction.worker import LOGITS_AT_ONCE
 from actpipe.models.hooked_model import HookedModel
 from actpipe.models.taps import UNEMBED_INPUT
@@ -58,7 +59,7 @@ def peak_bytes(config: ExtractActivationsConfig, manifest: StoreManifest, model_
 
 def tokens_per_second(config: ExtractActivationsConfig, model: HookedModel, context_length: int) -> float:
     """Run one batch as the extraction will, without storing it, and return its speed (the better of two)."""
-    names = [*model.select(config.hooks), *([UNEMBED_INPUT] if config.metrics else [])]
+    names = [*model.select(captured_hooks(config)), *([UNEMBED_INPUT] if config.metrics else [])]
     length = min(context_length, config.chunk_tokens or context_length)
     n_sequences = max(1, min(_TIMED_TOKENS, config.batch_tokens) // length)
     ids = torch.zeros(n_sequences, length, dtype=torch.long, device=model.device)

@@ -15,8 +15,8 @@ import pyarrow.compute as pc
 from actpipe.compute.sampling import is_drawn
 from actpipe.errors import DatasetError, RecipeError
 from actpipe.records import Sequence
+from actpipe.schemas.choosing import KeepConfig
 from actpipe.schemas.manifest import KeptRowsManifest
-from actpipe.schemas.recipe import KeepConfig
 from actpipe.stores.documents import RowDocuments
 from actpipe.stores.kept_rows import Numbers, read_kept_rows, write_kept_rows
 from actpipe.stores.layout import RunFolder

@@ -8,6 +8,7 @@ from typing import Literal
 
 from actpipe.compute.quantising import LARGEST
 from actpipe.errors import RecipeError
+from actpipe.extraction.deriving import Derivation
 from actpipe.hooks import ModelShape
 from actpipe.model_inputs import ModelInputs
 from actpipe.models.hooked_model import ModelSpec
@@ -15,6 +16,8 @@ from actpipe.planning import rows_per_part_for
 from actpipe.schemas.manifest import ArrayManifest, BlockRecord, ShapeRecord, StoreManifest
 from actpipe.schemas.recipe import ExtractActivationsConfig
 from actpipe.stores.encoding import MOST_BLOSC_BYTES, quantisation_of, row_bytes
+
+Code = Literal["int8", "float8_e4m3"]
 
 TOKEN_ARRAYS = {"input_ids": "int32", "position": "int32", "sequence": "int64"}
 GENERATED = {"generated": "bool"}
@@ -79,6 +82,7 @@ def plan_store(
     n_rows: int,
     inputs: ModelInputs,
     kept_rows: str | None = None,
+    derivations: Iterable[Derivation] = (),
 ) -> StoreManifest:
     """Settle shapes, types and parts of everything that will be stored.
 
@@ -88,6 +92,7 @@ def plan_store(
         n_rows: Tokens that are stored.
         inputs: The sequences of the corpus.
         kept_rows: Checksum of the numbers of those tokens, where they are not all.
+        derivations: What is stored of activations where it is not all of them.
     """
     check_rows_per_part(config, inputs)
     rows_per_part = config.rows_per_part
@@ -98,17 +103,9 @@ def plan_store(
     dtype = "float32" if code else spec.identity.dtype if config.dtype == "model" else config.dtype
     columns = {**TOKEN_ARRAYS, **(GENERATED if inputs.generated else {})}
     arrays = [ArrayManifest(path=f"tokens/{n}", dtype=t, row_shape=(), axes=("row",)) for n, t in columns.items()]
-    for name in spec.select(config.hooks):
-        point, path = spec.hook_points[name], f"activations/{name}"
-        arrays.append(
-            ArrayManifest(
-                path=path,
-                dtype="int32" if point.integer else dtype,
-                row_shape=point.row_shape(spec.shape, inputs.context_length),
-                axes=("row", *point.axes),
-                quantisation=quantisation_of(path, code) if code and not point.integer else None,
-            )
-        )
+    stored = [_activation(name, spec, dtype, inputs.context_length) for name in spec.select(config.hooks)]
+    stored += [array for derivation in derivations for array in derivation.arrays(dtype)]
+    arrays += [_quantised(array, code) for array in stored]
     check_chunks(config, arrays, rows_per_part)
     arrays += [
         ArrayManifest(path=f"metrics/{metric}", dtype="float32", row_shape=(), axes=("row",))
@@ -129,8 +126,25 @@ def plan_store(
     )
 
 
+def _activation(name: str, spec: ModelSpec, dtype: str, context_length: int) -> ArrayManifest:
+    point = spec.hook_points[name]
+    return ArrayManifest(
+        path=f"activations/{name}",
+        dtype="int32" if point.integer else dtype,
+        row_shape=point.row_shape(spec.shape, context_length),
+        axes=("row", *point.axes),
+    )
+
+
+def _quantised(array: ArrayManifest, code: Code | None) -> ArrayManifest:
+    """Return the array in one byte per value, where that is asked for and it holds no integers."""
+    if code is None or array.dtype == "int32":
+        return array
+    return array.model_copy(update={"quantisation": quantisation_of(array.path, code)})
+
+
 def _version(config: ExtractActivationsConfig, *, quantised: bool) -> Literal[1, 2, 3]:
     """Return the earliest version of the manifest whose readers read such a store right."""
-    if config.keep is not None:
+    if config.keep is not None or config.derive:
         return 3
     return 2 if quantised or config.codec != "none" else 1

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from actpipe.extraction.deriving import Derivation
 from actpipe.extraction.worker import ExtractionWorker
 from actpipe.models.hooked_model import HookedModel
 from actpipe.records import Part
@@ -56,6 +57,7 @@ def recheck(
     config: ExtractActivationsConfig,
     sequences: Sequence[Part],
     meter: Meter,
+    derivations: Iterable[Derivation] = (),
 ) -> list[Difference]:
     """Compare stored rows with fresh ones.
 
@@ -65,6 +67,7 @@ def recheck(
         config: The settings that it was made with.
         sequences: The rows of each sequence to run.
         meter: Told of every row.
+        derivations: Those of the store.
 
     Returns:
         One entry per array, in the order of the store.
@@ -75,7 +78,7 @@ def recheck(
     def open_part(_: Part) -> _Comparison:
         return _Comparison(store, differences, _TOLERANCES[computed_in])
 
-    with ExtractionWorker.open(config, model, store.folder, store.manifest, meter, open_part) as worker:
+    with ExtractionWorker.open(config, model, store.folder, store.manifest, meter, open_part, derivations) as worker:
         for rows in sequences:
             worker(rows)
     return list(differences.values())

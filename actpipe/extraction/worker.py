@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -15,6 +15,7 @@ import torch
 from actpipe.compute.casting import cast_rows
 from actpipe.compute.next_token import next_token_metrics
 from actpipe.errors import DtypeOverflowError
+from actpipe.extraction.deriving import Derivation
 from actpipe.extraction.layout import GENERATED, TOKEN_ARRAYS
 from actpipe.extraction.rows import WantedRows, rows_of_part
 from actpipe.extraction.staging import Landing, Staging
@@ -23,7 +24,7 @@ from actpipe.models.capture import Capture
 from actpipe.models.hooked_model import HookedModel
 from actpipe.models.taps import UNEMBED_INPUT
 from actpipe.records import Batch, Part, Sequence
-from actpipe.schemas.manifest import StoreManifest
+from actpipe.schemas.manifest import ArrayManifest, StoreManifest
 from actpipe.schemas.recipe import ExtractActivationsConfig
 from actpipe.stores.kept_rows import KeptRows
 from actpipe.stores.layout import RunFolder
@@ -121,6 +122,7 @@ class ExtractionWorker:
         folder: RunFolder,
         manifest: StoreManifest,
         open_part: Callable[[Part], PartSink],
+        derivations: Iterable[Derivation],
     ) -> None:
         self._config = config
         self._model = model
@@ -128,6 +130,10 @@ class ExtractionWorker:
         self._tokens = TokenTable(folder)
         self._kept = None if manifest.kept_rows is None else KeptRows(folder)
         self._arrays = {array.path: array for array in manifest.arrays}
+        self._derivations: dict[str, list[Derivation]] = {}
+        for derivation in derivations:
+            self._derivations.setdefault(derivation.hook, []).append(derivation)
+        self._n_keys = manifest.context_length
         self._staging = Staging()
         self._capture: Capture
         self._writing: BackgroundWorker[Job]
@@ -148,15 +154,18 @@ class ExtractionWorker:
         manifest: StoreManifest,
         meter: Meter,
         open_part: Callable[[Part], PartSink] | None = None,
+        derivations: Iterable[Derivation] = (),
     ) -> Iterator[ExtractionWorker]:
         """Hook the model and start the writing thread; at the end everything handed over is on disk.
 
-        `open_part` gives what takes the rows of a part, where that is not the store.
+        `open_part` gives what takes the rows of a part, where that is not the store. `derivations` are those of
+        the manifest.
         """
         allow_open_files(PARTS_IN_FLIGHT * len(manifest.arrays))
         open_part = open_part or partial(PartWriter, folder, manifest, fsync=config.fsync)
-        worker = cls(config, model, folder, manifest, open_part)
-        names = [path.removeprefix("activations/") for path in worker._arrays if path.startswith("activations/")]
+        worker = cls(config, model, folder, manifest, open_part, derivations)
+        stored = [path.removeprefix("activations/") for path in worker._arrays if path.startswith("activations/")]
+        names = list(dict.fromkeys([*stored, *worker._derivations]))
         if config.metrics:
             names.append(UNEMBED_INPUT)
         worker._meter = meter
@@ -252,30 +261,38 @@ class ExtractionWorker:
         if name == UNEMBED_INPUT:
             self._normalized = rows
             return
-        array = self._arrays[f"activations/{name}"]
-        if array.axes[-1] == "key_position":
+        if self._model.hook_points[name].looks_at_keys:
             masked = -torch.inf if name.endswith("scores") else 0.0
-            rows = torch.nn.functional.pad(rows, (0, array.row_shape[-1] - rows.shape[-1]), value=masked)
+            rows = torch.nn.functional.pad(rows, (0, self._n_keys - rows.shape[-1]), value=masked)
+        if array := self._arrays.get(f"activations/{name}"):
+            self._store_values(name, array, rows, tensor)
+        for derivation in self._derivations.get(name, ()):
+            for path, values in zip(derivation.paths, derivation(rows), strict=True):
+                self._store_values(name, self._arrays[path], values, tensor)
+
+    def _store_values(self, name: str, array: ArrayManifest, rows: torch.Tensor, tensor: torch.Tensor) -> None:
+        """Store values of a hook, cast as they are kept; `tensor` is what the model goes on to compute with."""
         if array.dtype == "int32":
             self._store(array.path, rows.to(torch.int32))
             return
         clip = self._config.on_overflow == "clip"
         cast, n_lost = cast_rows(rows, getattr(torch, array.dtype), clip=clip)
         if n_lost:
-            self._overflow(name, n_lost, array.dtype)
+            self._overflow(name, array, n_lost)
         if cast.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr():
             cast = cast.clone()
         self._store(array.path, cast)
 
-    def _overflow(self, name: str, count: int, dtype: str) -> None:
+    def _overflow(self, name: str, array: ArrayManifest, count: int) -> None:
         if self._config.on_overflow == "clip":
-            self._writer.count_clipped(f"activations/{name}", count)
+            self._writer.count_clipped(array.path, count)
             return
         layer = self._model.hook_points[name].layer
         where = "" if layer is None else f" (layer {layer})"
+        largest = torch.finfo(getattr(torch, array.dtype)).max
         raise DtypeOverflowError(
-            f"{count:,} values of {name}{where} in one batch do not fit {dtype}, whose largest is "
-            f"{torch.finfo(getattr(torch, dtype)).max:g}; set `dtype: bfloat16`, or `on_overflow: clip` to clip them"
+            f"{count:,} values of {name}{where} in one batch do not fit {array.dtype}, whose largest is {largest:g}; "
+            "set `dtype: bfloat16`, or `on_overflow: clip` to clip them"
         )
 
     def _store_metrics(self, normalized: torch.Tensor) -> None:

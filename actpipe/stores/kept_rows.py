@@ -73,7 +73,7 @@ def write_kept_rows(
     path, checksum, n_rows = partial / folder.rows.name, 0, 0
     with pq.ParquetWriter(path, _SCHEMA, compression="zstd") as writer:
         for rows, sequences in _regrouped(pieces):
-            checksum = extend_crc32c(checksum, memoryview(rows.astype("<i8")).cast("B"))
+            checksum = extend_crc32c(checksum, rows.astype("<i8").view(np.uint8).data)
             n_rows += len(rows)
             writer.write_table(pa.table([rows, sequences], schema=_SCHEMA), row_group_size=_ROWS_PER_GROUP)
     manifest = KeptRowsManifest(

@@ -103,11 +103,20 @@ def _refuse_other_manifest(folder: RunFolder, wanted: StoreManifest) -> None:
     ours, theirs = wanted.model_dump(), found.model_dump()
     different = [key for key in ours if ours[key] != theirs[key]]
     if different:
-        key = different[0]
+        key, here, there = different[0], ours[different[0]], theirs[different[0]]
+        if key == "arrays":
+            key, here, there = _first_difference(here, there)
         raise StoreMismatchError(
-            f"cannot continue {folder.store}: its {key} is {theirs[key]!r}, this run's {ours[key]!r}; "
+            f"cannot continue {folder.store}: its {key} is {there!r}, this run's {here!r}; "
             "choose another folder with --out"
         )
+
+
+def _first_difference(ours: Iterable[Any], theirs: Iterable[Any]) -> tuple[str, Any, Any]:
+    """Return what differs first in two lists of arrays, ours and theirs; None where one of them lacks it."""
+    mine, other = ({array["path"]: array for array in arrays} for arrays in (ours, theirs))
+    path = next((path for path in (*mine, *other) if mine.get(path) != other.get(path)), "arrays")
+    return path, mine.get(path), other.get(path)
 
 
 def read_manifest(folder: RunFolder) -> StoreManifest:
