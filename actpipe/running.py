@@ -29,6 +29,7 @@ from actpipe.schemas.recipe import (
     Recipe,
     TokenizeTextConfig,
 )
+from actpipe.schemas.reducing import ReduceActivationsConfig
 from actpipe.stage import Plans, RunContext, Stage, check_order, find_stage, foreign_configs
 from actpipe.stores.cleaning import clear_abandoned
 from actpipe.stores.layout import RunFolder, disk_trouble_explained, write_whole
@@ -191,7 +192,7 @@ def check_names(stages: Sequence[StageConfig]) -> None:
     """
     seen: dict[tuple[str, str], int] = {}
     for position, config in enumerate(stages):
-        if not isinstance(config, AnalysisConfig):
+        if not isinstance(config, AnalysisConfig | ReduceActivationsConfig):
             continue
         key = (config.corpus, config.name or config.stage)
         if key in seen:

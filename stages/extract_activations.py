@@ -73,11 +73,12 @@ class ExtractActivations:
     def run(self, context: RunContext) -> None:
         """Do every part that has no commit record; doing one twice changes nothing."""
         folder = context.corpus(self.config)
-        tokens = TokenTable(folder).manifest
+        table = TokenTable(folder)
+        tokens = table.manifest
         inputs = ModelInputs.of_table(tokens)
         n_rows, checksum = tokens.n_rows, None
         if self.config.keep is not None:
-            kept = settle_rows(folder, self.config.keep, special_token_ids(context, tokens))
+            kept = settle_rows(folder, table, self.config.keep, special_token_ids(context, tokens))
             n_rows, checksum = kept.n_rows, kept.rows_crc32c
             context.telemetry.say(f"keeping {n_rows:,} of {tokens.n_rows:,} tokens")
         manifest = plan_store(

@@ -30,11 +30,14 @@ Spans = Iterable[tuple[int, int]]
 """Characters `[start, stop)`."""
 
 
-def settle_rows(folder: RunFolder, keep: KeepConfig, special: Mapping[str, frozenset[int]]) -> KeptRowsManifest:
+def settle_rows(
+    folder: RunFolder, tokens: TokenTable, keep: KeepConfig, special: Mapping[str, frozenset[int]]
+) -> KeptRowsManifest:
     """Return the record of the rows to keep: the one that is there, else after choosing them and writing them down.
 
     Args:
-        folder: A corpus with a token table.
+        folder: Where they are written down: that of the store.
+        tokens: The token table.
         keep: The conditions.
         special: The ids that `bos`, `eos`, `pad` and `special` mean.
 
@@ -42,7 +45,6 @@ def settle_rows(folder: RunFolder, keep: KeepConfig, special: Mapping[str, froze
         RecipeError: No token is left.
         DatasetError: A column is not there, or holds something else.
     """
-    tokens = TokenTable(folder)
     settings = keep.model_dump(mode="json")
     found = read_kept_rows(folder)
     if found is not None and (found.keep, found.tokens) == (settings, tokens.manifest.checksums):

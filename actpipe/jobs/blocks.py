@@ -14,7 +14,6 @@ from actpipe.errors import IncompleteStoreError
 from actpipe.stores.arrays import StoredArray
 from actpipe.stores.dtypes import as_float32
 from actpipe.stores.reading import ActivationStore
-from actpipe.stores.token_table import TokenTable
 
 _FAN_IN = 16
 
@@ -75,20 +74,6 @@ def even_blocks(store: ActivationStore, names: Sequence[str], block_bytes: int) 
     row_bytes = sum(4 * int(np.prod(array.manifest.row_shape, dtype=np.int64)) for array in arrays.values())
     size = max(1, block_bytes // max(1, row_bytes))
     return [RowBlock(start, min(store.n_rows, start + size), arrays) for start in range(0, store.n_rows, size)]
-
-
-def sequence_blocks(tokens: TokenTable, max_rows: int) -> list[tuple[int, int]]:
-    """Cut a store's rows into blocks of whole sequences, of at most `max_rows` where one sequence allows it."""
-    blocks: list[tuple[int, int]] = []
-    start = stop = 0
-    for sequence in tokens.read_sequences():
-        if sequence.row_stop - start > max_rows and stop > start:
-            blocks.append((start, stop))
-            start = stop
-        stop = sequence.row_stop
-    if stop > start:
-        blocks.append((start, stop))
-    return blocks
 
 
 def map_and_sum(function: Callable[[BlockT], SumT], blocks: Iterable[BlockT], done: Done = lambda _: None) -> SumT:

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from actpipe.compute.heads import HeadScoreSums, detection_pattern, score_heads
-from actpipe.jobs.blocks import Done, RowBlock, map_and_sum, require_arrays, sequence_blocks
+from actpipe.jobs.blocks import Done, RowBlock, map_and_sum, require_arrays
 from actpipe.records import Sequence
 from actpipe.stores.reading import ActivationStore
 
@@ -69,7 +69,7 @@ def score_store_heads(
                 )
         return _AllScores(sums)
 
-    blocks = sequence_blocks(store.tokens, max(1, block_bytes // row_bytes))
+    blocks = store.tokens.sequence_blocks(max(1, block_bytes // row_bytes))
     found = map_and_sum(score, blocks, done).sums
     if not found:
         nothing = np.full((3, len(patterns), len(layers), store.shape.n_heads), np.nan)

@@ -98,6 +98,31 @@ def _heads(result: Result) -> Iterator[Plot]:
         )
 
 
+def _reduction(result: Result) -> Iterator[Plot]:
+    data = result.dataset
+    hooks = [str(name).removesuffix(".variance") for name in data.data_vars if str(name).endswith(".variance")]
+    if hooks:
+        spread = [float(np.sqrt(data[f"{hook}.variance"].values.mean())) for hook in hooks]
+        mean = [float(np.sqrt((data[f"{hook}.mean"].values ** 2).mean())) for hook in hooks]
+        figure = go.Figure()
+        figure.add_bar(y=hooks, x=spread, orientation="h", name="deviation", marker_color=BLUE)
+        figure.add_bar(y=hooks, x=mean, orientation="h", name="mean", marker_color=GREY)
+        figure.update_yaxes(autorange="reversed", automargin=True, type="category")
+        figure.update_xaxes(title="root mean square over channels")
+        yield Plot(
+            f"Size of activations: {result.record.name}",
+            "Standard deviation over tokens, and mean over tokens, of a typical channel.",
+            styled(figure, 150 + 34 * len(hooks)),
+        )
+    for name in data.data_vars:
+        if str(name).endswith(".quantile"):
+            hook = str(name).removesuffix(".quantile")
+            figure = go.Figure(go.Scatter(x=data[name].values, y=data["level"].values, line={"color": BLUE}))
+            figure.update_xaxes(title="value")
+            figure.update_yaxes(title="share of values below", range=[0, 1])
+            yield Plot(f"Distribution: {hook}", "Quantiles over all tokens and channels.", styled(figure, 320))
+
+
 Shown = Plot | Finding
 """What a result shows: a figure, or a table of text."""
 
@@ -106,6 +131,7 @@ MAKERS: dict[str, Callable[[Result], Iterator[Shown]]] = {
     "attribution": _attribution,
     "heads": _heads,
     "residual": _residual,
+    "reduction": _reduction,
 }
 """By kind of result, in the order of the page."""
 

@@ -105,6 +105,11 @@ class RunFolder:
         return self.root / "results"
 
     @property
+    def reductions(self) -> Path:
+        """What finished parts of `reduce_activations` gave, until all are done."""
+        return self.root / "reductions"
+
+    @property
     def partial(self) -> Path:
         """Files on their way; nothing in it counts, and a run clears its own kind."""
         return self.root / ".partial"

@@ -178,6 +178,19 @@ class TokenTable:
                 if sequence.row_stop > row_start and sequence.first_row < stop:
                     yield sequence
 
+    def sequence_blocks(self, max_rows: int) -> list[tuple[int, int]]:
+        """Cut the rows into blocks of whole sequences, of at most `max_rows` where one sequence allows it."""
+        blocks: list[tuple[int, int]] = []
+        start = stop = 0
+        for row_stop in self.sequence_rows()[1].tolist():
+            if row_stop - start > max_rows and stop > start:
+                blocks.append((start, stop))
+                start = stop
+            stop = row_stop
+        if stop > start:
+            blocks.append((start, stop))
+        return blocks
+
     @property
     def stores_prefix(self) -> bool:
         """Whether the last sequence is the prefix itself, which then has rows there."""

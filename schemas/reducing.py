@@ -1,0 +1,45 @@
+"""Settings of the stage that reduces activations while the model runs."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from actpipe.schemas.base import Name, NonEmpty, StageConfig
+from actpipe.schemas.choosing import KeepConfig
+from pydantic import Field, PositiveInt
+
+Statistic = Literal[
+    "mean",
+    "variance",
+    "extremes",
+    "covariance",
+    "histogram",
+    "top_rows",
+    "mean_by_token",
+    "mean_by_position",
+    "pattern_scores",
+]
+
+
+class ReduceActivationsConfig(StageConfig):
+    """Settings of the stage `reduce_activations`: statistics of activations that are not stored."""
+
+    stage: Literal["reduce_activations"] = "reduce_activations"
+    name: Name = "reduce_activations"
+    """Name of the result."""
+    hooks: Annotated[tuple[NonEmpty, ...], Field(min_length=1)]
+    """Of which activations; patterns as in `extract_activations`."""
+    statistics: Annotated[tuple[Statistic, ...], Field(min_length=1)] = ("mean", "variance")
+    """What to keep of them: `mean` and `variance` (with `count`), `extremes` (smallest, largest, share above zero),
+    `covariance`, `histogram` (with quantiles), `top_rows`, `mean_by_token`, `mean_by_position`, and `pattern_scores`
+    of `attn.hook_pattern` (as `score_heads` gives them)."""
+    k: PositiveInt = 16
+    """How many rows `top_rows` keeps of each channel."""
+    keep: KeepConfig | None = None
+    """Which tokens count; by default all."""
+    rows_per_part: PositiveInt = 65_536
+    """About how many tokens are done before what was found is put on the disk; parts end with model inputs."""
+    batch_tokens: PositiveInt = 8192
+    """Most tokens in one forward pass, padding included; a longer sequence runs alone."""
+    max_bytes: PositiveInt = 4 * 2**30
+    """Refuse statistics that need more memory than this."""

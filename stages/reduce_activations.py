@@ -1,0 +1,171 @@
+"""Token table -> statistics of activations that are not stored."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import xarray as xr
+from actpipe.schemas.reducing import ReduceActivationsConfig
+from actpipe.schemas.results import ResultRecord
+
+from actpipe.compute.accumulators import Arrays, Histogram
+from actpipe.compute.heads import MEASURES
+from actpipe.extraction.keeping import settle_rows
+from actpipe.extraction.proof import prove_hooks
+from actpipe.extraction.reducing import PartialSums, ReducingWorker, check_statistics, merge_all
+from actpipe.hooks import HookPoint
+from actpipe.model_inputs import inputs_of, special_token_ids
+from actpipe.planning import plan_parts
+from actpipe.records import Finding, Part
+from actpipe.stage import RunContext
+from actpipe.stores.kept_rows import KeptRows
+from actpipe.stores.layout import RunFolder
+from actpipe.stores.results import Result, ResultWriter, current_result, labels
+from actpipe.stores.token_table import TokenTable
+from actpipe.stores.writing import missing_parts
+
+_NOT_THE_NUMBERS = {"name", "corpus", "stage", "max_bytes"}
+_AXES: dict[str, tuple[str, ...]] = {
+    "count": (),
+    "covariance": ("channel", "other_channel"),
+    "bin_edge": ("edge",),
+    "bin_count": ("bin",),
+    "quantile": ("level",),
+    "token": ("token",),
+    "token_count": ("token",),
+    "position": ("position",),
+    "position_count": ("position",),
+}
+_LEADING = {"top_": "rank", "mean_by_token": "token", "mean_by_position": "position"}
+"""Axis before those of the activation, by how the statistic's name begins."""
+
+
+@dataclass(frozen=True)
+class ReduceActivations:
+    """Run the model over the token table and keep sums of the named activations."""
+
+    config: ReduceActivationsConfig
+    needs: ClassVar[tuple[str, ...]] = ("token_table",)
+    gives: ClassVar[str] = "results"
+
+    def check(self, context: RunContext) -> None:
+        """Refuse activations that have no such statistics, and what would not fit into memory."""
+        length = inputs_of(context, self.config.corpus).context_length
+        check_statistics(self.config, self._points(context), context.spec.shape, length)
+
+    def run(self, context: RunContext) -> None:
+        """Do every part that is not done, then put them together; doing it twice changes nothing."""
+        folder = context.corpus(self.config)
+        tokens = TokenTable(folder)
+        wanted = ResultRecord(
+            name=self.config.name,
+            kind="reduction",
+            corpus=self.config.corpus,
+            settings=self.config.model_dump(mode="json", exclude=_NOT_THE_NUMBERS),
+            model_fingerprint=context.spec.identity.fingerprint,
+        )
+        result = current_result(folder, wanted)
+        if result is None:
+            work = RunFolder(folder.reductions / f"{wanted.name}-{_digest(wanted, tokens)}")
+            arrays = self._reduce(context, tokens, work)
+            result = self._commit(context, ResultWriter(folder, wanted), arrays)
+            shutil.rmtree(folder.reductions)
+        context.findings.append(_describe(result))
+
+    def _points(self, context: RunContext) -> tuple[HookPoint, ...]:
+        return tuple(context.spec.hook_points[name] for name in context.spec.select(self.config.hooks))
+
+    def _reduce(self, context: RunContext, tokens: TokenTable, work: RunFolder) -> dict[str, Arrays]:
+        """Do the parts that are missing, and merge all of them in their order."""
+        kept = None
+        if self.config.keep is not None:
+            settle_rows(work, tokens, self.config.keep, special_token_ids(context, tokens.manifest))
+            kept = KeptRows(work)
+        parts, sums = self._parts(tokens, kept), PartialSums(work)
+        self._do(context, missing_parts(work, parts), tokens, kept, sums)
+        broken = [part for part in parts if sums.read(part) is None]
+        self._do(context, broken, tokens, kept, sums)
+        return merge_all(self.config, (state for part in parts if (state := sums.read(part)) is not None))
+
+    def _parts(self, tokens: TokenTable, kept: KeptRows | None) -> tuple[Part, ...]:
+        if kept is not None:
+            return plan_parts(kept.manifest.n_rows, self.config.rows_per_part)
+        blocks = tokens.sequence_blocks(self.config.rows_per_part)
+        return tuple(Part(number, start, stop) for number, (start, stop) in enumerate(blocks))
+
+    def _do(
+        self, context: RunContext, parts: list[Part], tokens: TokenTable, kept: KeptRows | None, sums: PartialSums
+    ) -> None:
+        if not parts:
+            return
+        prove_hooks(context.model, tokens, context.spec.select(self.config.hooks))
+        n_rows = sum(part.n_rows for part in parts)
+        with (
+            context.telemetry.progress(f"{self.config.name} {self.config.corpus}", n_rows, "tokens") as meter,
+            ReducingWorker.open(self.config, context.model, tokens, kept, sums, meter=meter) as worker,
+        ):
+            context.engine.run_parts(parts, worker)
+
+    def _commit(self, context: RunContext, writer: ResultWriter, arrays: dict[str, Arrays]) -> Result:
+        length = inputs_of(context, self.config.corpus).context_length
+        variables: dict[str, tuple[tuple[str, ...], np.ndarray]] = {}
+        for point in self._points(context):
+            shape = point.row_shape(context.spec.shape, length)
+            for name, values in arrays.get(point.name, {}).items():
+                variables[f"{point.name}.{name}"] = _labelled(name, values, point, shape)
+        dataset = xr.Dataset(_with_sizes(variables))
+        known = {"measure": labels(list(MEASURES)), "level": np.array(Histogram().levels)}
+        dataset = dataset.assign_coords({axis: values for axis, values in known.items() if axis in dataset.dims})
+        hooks = {name.rsplit(".", 1)[0] for name in variables}
+        return writer.commit(dataset=dataset, summary={"n_hooks": len(hooks)})
+
+
+def _digest(wanted: ResultRecord, tokens: TokenTable) -> str:
+    """Return a name for parts that belong together: of one model, one token table and one set of settings."""
+    identity = [wanted.settings, wanted.model_fingerprint, tokens.manifest.checksums]
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _labelled(
+    name: str, values: np.ndarray, point: HookPoint, shape: tuple[int, ...]
+) -> tuple[tuple[str, ...], np.ndarray]:
+    """Return a statistic with the names of its axes, channels laid out as in the activation."""
+    if name in _AXES:
+        return _AXES[name], values
+    if name.startswith("score_"):
+        return ("head", "measure"), values
+    leading = next((axis for start, axis in _LEADING.items() if name.startswith(start)), None)
+    if leading is not None:
+        return (leading, *point.axes), values.reshape(-1, *shape)
+    return point.axes, values.reshape(shape)
+
+
+def _with_sizes(
+    variables: dict[str, tuple[tuple[str, ...], np.ndarray]],
+) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
+    """Return them with the size in the name of an axis that another variable has with another size."""
+    sizes: dict[str, int] = {}
+    named = {}
+    for name, (axes, values) in variables.items():
+        dims = [
+            axis if sizes.setdefault(axis, size) == size else f"{axis}_{size}"
+            for axis, size in zip(axes, values.shape, strict=True)
+        ]
+        named[name] = (tuple(dims), values)
+    return named
+
+
+def _describe(result: Result) -> Finding:
+    rows = []
+    for name, values in result.dataset.data_vars.items():
+        hook, statistic = str(name).rsplit(".", 1)
+        if statistic == "variance":
+            mean = result.dataset[f"{hook}.mean"].values
+            spread = float(np.sqrt(values.values.mean()))
+            rows.append((hook, f"{spread:.4g}", f"{np.linalg.norm(mean):.4g}"))
+    return Finding(f"Reduced: {result.record.corpus}", ("activation", "deviation", "length of the mean"), tuple(rows))
