@@ -232,7 +232,7 @@ class MeanBy:
 
 
 def _grouped(keys: torch.Tensor, counts: torch.Tensor, sums: torch.Tensor) -> State:
-    unique, group = keys.unique(sorted=True, return_inverse=True)
+    unique, group = torch.unique(keys, sorted=True, return_inverse=True)
     count = torch.zeros(len(unique), dtype=torch.float64, device=keys.device).index_add_(0, group, counts)
     total = torch.zeros(len(unique), sums.shape[1], dtype=torch.float64, device=keys.device).index_add_(0, group, sums)
     return {"key": unique, "count": count, "sum": total}

@@ -111,6 +111,7 @@ class PartialSums:
         arrays = {
             f"{key}|{field}": values.cpu().numpy() for key, state in states.items() for field, values in state.items()
         }
+        arrays: dict[str, Any] = {name: values.cpu().numpy() for name, values in fields}
         np.savez(buffer, **arrays)
         data = buffer.getvalue()
         write_whole(self.folder.root / name, data)
