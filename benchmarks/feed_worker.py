@@ -65,6 +65,8 @@ def dictionary_learning(folder: Path, hook: str, batch: int) -> Callable[[], Ite
 
     ids = np.load(folder / "ids.npy")
     model = LanguageModel(str(folder / "model"), device_map="cpu", dispatch=True)
+    pad = model.tokenizer.pad  # it is given settings that texts need and ids do not
+    model.tokenizer.pad = lambda inputs, **_: pad(inputs, return_tensors="pt")
     layer = model.transformer.h[int(hook.split(".")[1])]
 
     def open_buffer() -> Iterator[torch.Tensor]:
