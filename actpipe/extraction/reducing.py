@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -11,6 +10,7 @@ from typing import Any
 import google_crc32c
 import numpy as np
 import torch
+from safetensors.torch import load, save
 
 from actpipe.compute.accumulators import (
     Accumulator,
@@ -107,13 +107,9 @@ class PartialSums:
 
     def write(self, part: Part, states: Mapping[str, State]) -> None:
         """Write what a part gave, its record last."""
-        buffer, name = io.BytesIO(), f"part-{part.index:08d}.npz"
-        arrays = {
-            f"{key}|{field}": values.cpu().numpy() for key, state in states.items() for field, values in state.items()
-        }
-        arrays: dict[str, Any] = {name: values.cpu().numpy() for name, values in fields}
-        np.savez(buffer, **arrays)
-        data = buffer.getvalue()
+        name = f"part-{part.index:08d}.safetensors"
+        fields = ((f"{key}|{field}", values) for key, state in states.items() for field, values in state.items())
+        data = save({path: values.cpu().contiguous() for path, values in fields})
         write_whole(self.folder.root / name, data)
         record = ChunkRecord(path=name, n_bytes=len(data), crc32c=f"{google_crc32c.value(data):08x}")
         commit = Commit(part=part.index, row_start=part.row_start, row_stop=part.row_stop, chunks=(record,))
@@ -128,10 +124,9 @@ class PartialSums:
             self.folder.part_commit(part.index).unlink()
             return None
         states: dict[str, State] = {}
-        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-            for name in arrays.files:
-                key, field = name.rsplit("|", 1)
-                states.setdefault(key, {})[field] = torch.from_numpy(arrays[name])
+        for name, values in load(data).items():
+            key, field = name.rsplit("|", 1)
+            states.setdefault(key, {})[field] = values
         return states
 
 

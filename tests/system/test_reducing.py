@@ -125,7 +125,7 @@ def test_a_broken_partial_is_made_again(corpus, tmp_path, monkeypatch):
         patch.setattr(PartialSums, "read", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run(recipe, tmp_path / "broken")
-    (first, *_) = sorted(RunFolder(tmp_path / "broken").reductions.rglob("*.npz"))
+    (first, *_) = sorted(RunFolder(tmp_path / "broken").reductions.rglob("*.safetensors"))
     first.write_bytes(first.read_bytes()[:-10])
     run(recipe, tmp_path / "broken")
 
