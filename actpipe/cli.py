@@ -26,9 +26,12 @@ app = typer.Typer(
 )
 
 Recipe = Annotated[Path, typer.Argument(help="Recipe, a YAML file.", show_default=False)]
-Run = Annotated[Path, typer.Argument(help="Run folder.", show_default=False)]
+Run = Annotated[Path, typer.Argument(help="Run folder, or its URL (s3://bucket/run).", show_default=False)]
 Model = Annotated[str, typer.Argument(help="Hub name (gpt2) or folder of a model.", show_default=False)]
-Out = Annotated[Path | None, typer.Option("--out", help="Run folder. By default runs/NAME.", show_default=False)]
+Out = Annotated[
+    Path | None,
+    typer.Option("--out", help="Run folder or URL (s3://bucket/run). By default runs/NAME.", show_default=False),
+]
 Set = Annotated[
     list[str] | None,
     typer.Option(
@@ -60,7 +63,7 @@ def run(recipe: Recipe, out: Out = None, set_: Set = None) -> None:
     console = new_console()
     for finding in summary.findings:
         print_finding(console, finding)
-    console.print(f"\nrun folder: {summary.folder}", highlight=False, soft_wrap=True)
+    console.print(f"\nrun folder: {summary.place}", highlight=False, soft_wrap=True)
     report = summary.folder / "report.html"
     if report.is_file():
         console.print(f"report:     {report}", highlight=False, soft_wrap=True)

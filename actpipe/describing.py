@@ -13,6 +13,7 @@ from actpipe.stores.cleaning import abandoned, clear_abandoned, size_of
 from actpipe.stores.layout import RunFolder, disk_trouble_explained
 from actpipe.stores.locking import only_run_in
 from actpipe.stores.reading import ActivationStore
+from actpipe.stores.remote import local_folder
 from actpipe.stores.results import list_results
 from actpipe.stores.run_record import read_record
 from actpipe.stores.token_table import TokenTable
@@ -27,6 +28,7 @@ def open_run(path: Path) -> RunFolder:
     Raises:
         IncompleteStoreError: It is no run folder; says what to do.
     """
+    path = local_folder(path)
     folder = RunFolder(path)
     if not path.is_dir():
         siblings = [str(path.parent / p.name) for p in path.parent.iterdir()] if path.parent.is_dir() else []

@@ -34,6 +34,7 @@ from actpipe.stage import Plans, RunContext, Stage, check_order, find_stage, for
 from actpipe.stores.cleaning import clear_abandoned
 from actpipe.stores.layout import RunFolder, disk_trouble_explained, write_whole
 from actpipe.stores.locking import only_run_in
+from actpipe.stores.remote import at_work_in, local_folder, remote_of
 from actpipe.stores.results import list_results
 from actpipe.stores.run_record import read_record
 from actpipe.stores.token_table import TokenTable
@@ -57,6 +58,12 @@ class RunSummary:
 
     folder: Path
     findings: tuple[Finding, ...]
+
+    @property
+    def place(self) -> str:
+        """The run folder for people: its URL, where it is in an object store."""
+        remote = remote_of(self.folder)
+        return str(self.folder) if remote is None else remote.url
 
 
 def run_recipe(
@@ -85,7 +92,7 @@ def run_after(before: Callable[[RunFolder], None], stages: Sequence[Stage], cont
     folder = context.folder
     _refuse_foreign_folder(folder)
     existed = folder.root.exists()
-    with disk_trouble_explained(folder), only_run_in(folder):
+    with disk_trouble_explained(folder), only_run_in(folder), at_work_in(folder.root) as save:
         clear_abandoned(folder)
         try:
             _check_everything(stages, context)
@@ -96,8 +103,9 @@ def run_after(before: Callable[[RunFolder], None], stages: Sequence[Stage], cont
         context.telemetry.log = folder.log
         try:
             _write_record(folder, context.recipe, context.spec)
-            _run_stages(stages, context)
+            _run_stages(stages, context, save)
             _write_record(folder, context.recipe, context.spec)
+            save()
         finally:
             clear_abandoned(folder)
     return RunSummary(folder.root, tuple(context.findings))
@@ -123,7 +131,7 @@ def prepare(
     text, base = read_any(recipe)
     checked = load_recipe(with_overrides(text, overrides))
     name = checked.name or Path(text.title).stem
-    folder = RunFolder(Path(out) if out is not None else Path("runs") / name)
+    folder = RunFolder(local_folder(out if out is not None else Path("runs") / name))
     context = make_context(checked, base, folder, telemetry)
     return [find_stage(config.stage)(config) for config in checked.stages], context
 
@@ -211,10 +219,11 @@ def _is_present(folder: RunFolder, kind: str) -> bool:
     return bool(list_results(folder))
 
 
-def _run_stages(stages: Sequence[Stage], context: RunContext) -> None:
+def _run_stages(stages: Sequence[Stage], context: RunContext, save: Callable[[], None]) -> None:
     for stage in stages:
         context.telemetry.event("stage", stage=stage.config.stage, corpus=stage.config.corpus)
         stage.run(context)
+        save()
     context.telemetry.event("run finished")
 
 
@@ -227,7 +236,7 @@ def _refuse_foreign_folder(folder: RunFolder) -> None:
     root = folder.root
     if root.is_file():
         raise StoreMismatchError(f"{root} is a file; choose a folder with --out")
-    known = (folder.record, folder.token_commit, root / ".lock")
+    known = (folder.record, folder.token_commit, root / ".lock", root / ".remote")
     if root.is_dir() and any(root.iterdir()) and not any(path.exists() for path in known):
         raise StoreMismatchError(f"{root} holds other files and no run; choose an empty or new folder with --out")
 

@@ -19,6 +19,7 @@ from actpipe.errors import IncompleteStoreError
 from actpipe.schemas.manifest import ArrayManifest, Quantisation
 from actpipe.stores.dtypes import numpy_dtype
 from actpipe.stores.encoding import Codec, decompress, row_bytes
+from actpipe.stores.remote import remote_of
 
 _OPEN_CHUNKS = 512
 _LONG_RUN = 16
@@ -46,6 +47,15 @@ def _map_file(path: Path, version: tuple[int, int]) -> npt.NDArray[np.uint8]:
 def _unpack_file(path: Path, codec: Codec, version: tuple[int, int]) -> npt.NDArray[np.uint8]:
     del version
     return decompress(codec, path)
+
+
+def _fetched(file: Path) -> bool:
+    """Bring a chunk from the object store behind the folder, if there is one; older ones may go for it."""
+    remote = remote_of(file.parent)
+    if remote is None or not remote.fetch(file):
+        return False
+    _map_file.cache_clear()  # a file that was removed keeps its room while it is mapped
+    return True
 
 
 @dataclass(frozen=True)
@@ -120,7 +130,7 @@ class StoredArray:
 
     def _file(self, path: str, part: int, n_axes: int) -> Path:
         file = self.store.joinpath(path, "c", str(part), *("0" for _ in range(n_axes - 1)))
-        if not file.is_file():
+        if not file.is_file() and not _fetched(file):
             raise IncompleteStoreError(
                 f"part {part} of {path} is not there: {file} is missing; run the recipe again to finish the store"
             )

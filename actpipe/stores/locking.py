@@ -106,6 +106,11 @@ def _is_alive(owner: Owner, path: Path, *, kernel_asked: bool) -> bool:
     return not kernel_asked and _is_running(owner.pid)
 
 
+def is_running_here(owner: Owner) -> bool | None:
+    """Whether an owner on this host is at work; None where it is on another host."""
+    return _is_running(owner.pid) if owner.host == socket.gethostname() else None
+
+
 def _is_running(pid: int) -> bool:
     try:
         os.kill(pid, 0)

@@ -21,6 +21,7 @@ from actpipe.schemas.results import ResultRecord
 from actpipe.stores.encoding import chunk_paths
 from actpipe.stores.kept_rows import read_kept_rows
 from actpipe.stores.layout import RunFolder, crc32c_of, sha256_of
+from actpipe.stores.remote import as_kept, kept_chunks
 from actpipe.stores.token_table import TokenTable
 from actpipe.stores.writing import (
     ATTRIBUTE,
@@ -199,7 +200,8 @@ def _part_problems(folder: RunFolder, manifest: StoreManifest, part: Part, progr
 
 def _chunk_problems(folder: RunFolder, commit: Commit, record: Path, progress: Progress) -> list[Problem]:
     def check(chunk: ChunkRecord) -> Problem | None:
-        what = _file_problem(folder.store / chunk.path, chunk.crc32c, chunk.n_bytes)
+        with as_kept(folder.store / chunk.path):
+            what = _file_problem(folder.store / chunk.path, chunk.crc32c, chunk.n_bytes)
         progress(chunk.n_bytes)
         return None if what is None else Problem(chunk.path, what, Remedy.PART, record)
 
@@ -225,9 +227,9 @@ def _foreign_files(folder: RunFolder, manifest: StoreManifest, parts: tuple[Part
     """
     ours = {chunk for part in parts for array in manifest.arrays for chunk in chunk_paths(manifest, array, part.index)}
     ours |= {f"{path}/zarr.json".removeprefix("/") for path in metadata_of(manifest)}
-    for path in sorted(folder.store.rglob("*")):
-        relative = path.relative_to(folder.store).as_posix()
-        if not path.is_dir() and relative not in ours:
+    here = {path.relative_to(folder.store).as_posix() for path in folder.store.rglob("*") if not path.is_dir()}
+    for relative in sorted(here | kept_chunks(folder.store)):
+        if relative not in ours:
             yield Problem(relative, "belongs to no part of this store", Remedy.NONE)
     records = {folder.part_commit(part.index) for part in parts}
     records |= {folder.token_commit, folder.withdrawn_tokens, folder.rows_commit}

@@ -26,6 +26,7 @@ from actpipe.schemas.manifest import ArrayManifest, StoreManifest
 from actpipe.stores.dtypes import numpy_dtype
 from actpipe.stores.encoding import compress, quantise_file, zarr_arrays, zarr_codec
 from actpipe.stores.layout import RunFolder, crc32c_of, extend_crc32c, move, sync, sync_tree, write_whole
+from actpipe.stores.remote import publish, remote_of
 
 Fsync = Literal["none", "commit", "always"]
 _PART_RECORD = re.compile(r"part-(\d{8})\.json")
@@ -57,6 +58,7 @@ def create_store(folder: RunFolder, manifest: StoreManifest) -> None:
     else:
         move(made, folder.store)
     shutil.rmtree(partial)
+    publish(folder.store.rglob("zarr.json"))
 
 
 def _make_group(store: Any, manifest: StoreManifest) -> None:
@@ -302,7 +304,9 @@ class PartWriter:
             chunks=records,
         )
         record = self._folder.part_commit(self._part.index)
+        publish(self._folder.store / chunk.path for chunk in records)
         write_whole(record, commit.to_json().encode(), force=self._fsync != "none")
+        publish([record])
         self.abandon()
 
     def _finish(self, array: ArrayManifest, fidelity: dict[str, Fidelity]) -> Iterator[tuple[Path, ChunkRecord]]:
@@ -351,6 +355,8 @@ def withdraw(record: Path) -> None:
     """Remove the record that makes something count, at once and for good; what it spoke of will be done again."""
     record.unlink(missing_ok=True)
     sync(record.parent)
+    if (remote := remote_of(record.parent)) is not None:
+        remote.delete(record)
 
 
 def committed_parts(folder: RunFolder) -> set[int]:
