@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from actpipe.errors import RecipeError
-from actpipe.schemas.analyses import AnalysisConfig
+from actpipe.schemas.base import AnalysisConfig
 from actpipe.schemas.recipe import ExtractActivationsConfig
 from actpipe.schemas.results import ResultRecord
 from actpipe.stage import RunContext

@@ -19,8 +19,7 @@ from actpipe.models.hooked_model import HookedModel, ModelSpec
 from actpipe.models.loading import ModelSource
 from actpipe.recipes import RecipeText, check_recipe, read_recipe_text, with_overrides
 from actpipe.records import Finding
-from actpipe.schemas.analyses import AnalysisConfig
-from actpipe.schemas.base import StageConfig
+from actpipe.schemas.base import AnalysisConfig, StageConfig
 from actpipe.schemas.manifest import ModelIdentity, RunRecord
 from actpipe.schemas.recipe import (
     ExtractActivationsConfig,

@@ -4,17 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from actpipe.schemas.base import Name, StageConfig
-from pydantic import Field, PositiveInt
-
-
-class AnalysisConfig(StageConfig):
-    """What every analysis has."""
-
-    name: Name | None = None
-    """Name of the result; by default that of the stage."""
-    block_bytes: PositiveInt = 256 * 2**20
-    """Memory that one block of rows may take while it is computed, in bytes."""
+from actpipe.schemas.base import AnalysisConfig
+from pydantic import Field
 
 
 class SummarizeMetricsConfig(AnalysisConfig):

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, StringConstraints, model_serializer
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    StringConstraints,
+    model_serializer,
+)
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=64)]
 NonEmpty = Annotated[str, StringConstraints(min_length=1)]
@@ -51,3 +58,12 @@ class StageConfig(Contract):
     def reads(self) -> str:
         """The corpus that holds what the stage needs."""
         return self.corpus
+
+
+class AnalysisConfig(StageConfig):
+    """What every analysis has: a stage that reads a store and gives a result."""
+
+    name: Name | None = None
+    """Name of the result; by default that of the stage."""
+    block_bytes: PositiveInt = 256 * 2**20
+    """Memory that one block of rows may take while it is computed, in bytes."""
