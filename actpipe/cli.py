@@ -53,13 +53,18 @@ def run(recipe: Recipe, out: Out = None, set_: Set = None) -> None:
 
     Example: `actpipe run workflows/quickstart.yaml --out runs/try --set tokenize_text.max_tokens=20000`
     """
+    from actpipe.interrupting import INTERRUPTION
     from actpipe.running import run_recipe
 
     try:
-        summary = run_recipe(recipe, out=out, overrides=set_ or ())
+        with INTERRUPTION.heard():
+            summary = run_recipe(recipe, out=out, overrides=set_ or ())
     except KeyboardInterrupt:
         Console(stderr=True).print("interrupted; the same command continues where this one stopped")
         raise typer.Exit(130) from None
+    except SystemExit:
+        Console(stderr=True).print("asked to end: the part at hand is finished; the same command continues")
+        raise
     console = new_console()
     for finding in summary.findings:
         print_finding(console, finding)

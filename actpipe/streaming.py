@@ -17,7 +17,8 @@ class BackgroundWorker(AbstractContextManager["BackgroundWorker[Item]"], Generic
 
     `put` waits while the items under way cost more than `budget`, so a slow consumer slows its
     producer down and memory stays bounded. An error in the thread is raised by the next `put`, or
-    at the end of the `with` block; an error in the block drops what is still waiting.
+    at the end of the `with` block; an error in the block drops what is still waiting, but for SystemExit,
+    which ends the process in order: what was handed over is finished.
 
     Args:
         function: Called with each item, in the thread.
@@ -58,12 +59,12 @@ class BackgroundWorker(AbstractContextManager["BackgroundWorker[Item]"], Generic
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with self._changed:
-            if error is not None:
+            if error is not None and not isinstance(error, SystemExit):
                 self._items.clear()
             self._closed = True
             self._changed.notify_all()
         self._thread.join()
-        if error is None:
+        if error is None or isinstance(error, SystemExit):
             self._raise_error()
 
     def _work(self) -> None:

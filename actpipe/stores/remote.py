@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 
 from actpipe.errors import StorageError, StoreMismatchError
 from actpipe.stores.layout import write_whole
-from actpipe.stores.locking import BEAT_SECONDS, STALE_SECONDS, Owner, is_running_here
+from actpipe.stores.remote_locking import LOCK_NAME, RemoteLock
 
 CACHE_BYTES = 20 * 10**9
 """Bytes of fetched chunks that stay here, unless `ACTPIPE_CACHE_BYTES` says otherwise."""
@@ -37,7 +37,6 @@ _OURS = re.compile(
 )
 """What a run has beside chunks, and what is copied: no files on their way, locks, or what unfinished stages leave."""
 _MARK = ".remote"
-_LOCK = ".lock"
 _AT_ONCE = 8
 _PIECE_BYTES = 8 * 2**20
 
@@ -199,81 +198,25 @@ class Remote:
 
     @contextmanager
     def only_run(self) -> Iterator[None]:
-        """Keep other runs out, on whatever host, as `locking.only_run_in` does on one file system.
+        """Keep other runs out, on whatever host.
 
         Raises:
-            StoreMismatchError: Another process is at work there.
+            StoreMismatchError: Another process is at work there, or something else is there.
             StorageError: Nothing can be written there.
         """
         if self.read_only:
             raise StorageError(f"{self.url} can be read only; give --out a folder, or a URL of s3, gs or az")
         self._refuse_foreign()
-        owner, ended = Owner.this_process(), threading.Event()
-        self._take_lock(owner)
-        heart = threading.Thread(target=self._beat, args=(owner, ended), name="actpipe-heartbeat", daemon=True)
-        heart.start()
-        try:
+        with RemoteLock(self.url, self._objects, self._trouble_explained).held():
             yield
-        finally:
-            ended.set()
-            heart.join()
-            if self._owner() == owner:
-                self.delete(self.folder / _LOCK)
 
     def _refuse_foreign(self) -> None:
         """Keep out of places that hold something else."""
-        names = {name for name, _ in self._list() if name != _LOCK}
+        names = {name for name, _ in self._list() if name != LOCK_NAME}
         if names and not any(_OURS.fullmatch(name) for name in names):
             raise StoreMismatchError(
                 f"{self.url} holds other files and no run, such as {min(names)}; choose an empty place with --out"
             )
-
-    def _take_lock(self, owner: Owner) -> None:
-        import obstore
-
-        data = json.dumps(asdict(owner)).encode()
-        with self._trouble_explained():
-            try:
-                obstore.put(self._objects, _LOCK, data, mode="create")
-            except (obstore.exceptions.AlreadyExistsError, obstore.exceptions.PreconditionError):
-                held, other = obstore.head(self._objects, _LOCK), self._owner()
-                if other is not None and self._is_alive(other, held):
-                    raise StoreMismatchError(
-                        f"{self.url} is in use by {other}; wait for it to end, or choose another place with --out"
-                    ) from None
-                obstore.put(self._objects, _LOCK, data, mode="overwrite")
-                if self._owner() != owner:
-                    raise StoreMismatchError(f"{self.url} was just taken over by another run") from None
-
-    def _is_alive(self, other: Owner, held: Any) -> bool:
-        """Whether a lock's owner may still be at work, by the clock of the object store."""
-        import obstore
-
-        running = is_running_here(other)
-        if running is not None:
-            return running
-        probe = f"{_LOCK}-{os.getpid()}"
-        obstore.put(self._objects, probe, b"")
-        now = obstore.head(self._objects, probe)["last_modified"]
-        obstore.delete(self._objects, probe)
-        return bool((now - held["last_modified"]).total_seconds() < STALE_SECONDS)
-
-    def _owner(self) -> Owner | None:
-        import obstore
-
-        with suppress(FileNotFoundError, ValueError, TypeError), self._trouble_explained():
-            return Owner(**json.loads(bytes(obstore.get(self._objects, _LOCK).bytes())))
-        return None
-
-    def _beat(self, owner: Owner, ended: threading.Event) -> None:
-        import obstore
-
-        while not ended.wait(BEAT_SECONDS):
-            with suppress(StorageError):  # away for a moment: the next beat tells
-                if self._owner() != owner:
-                    return
-                with self._trouble_explained():
-                    obstore.put(self._objects, _LOCK, json.dumps(asdict(owner)).encode())
 
     def _download(self, name: str) -> None:
         """Copy an object here, whole or not at all."""

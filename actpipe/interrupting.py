@@ -1,0 +1,53 @@
+"""Ending a run on request: Ctrl-C at once, SIGTERM after the part at hand."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class Interruption:
+    """Whether someone asked this process to end, and how."""
+
+    def __init__(self) -> None:
+        self._asked: int | None = None
+
+    @contextmanager
+    def heard(self) -> Iterator[None]:
+        """Listen to SIGINT and SIGTERM; only possible in the main thread, elsewhere nothing changes."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._hear) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            self._asked = None
+
+    def raise_if_asked(self) -> None:
+        """End here, if someone asked: whoever does parts calls this between two of them.
+
+        Raises:
+            KeyboardInterrupt: After Ctrl-C, also where the first one was lost in a callback of some library.
+            SystemExit: After SIGTERM, with 143, the exit code of a process that ended because of it.
+        """
+        if self._asked == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self._asked == signal.SIGTERM:
+            raise SystemExit(128 + signal.SIGTERM)
+
+    def _hear(self, number: int, _frame: FrameType | None) -> None:
+        again, self._asked = self._asked is not None, number
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if again:
+            raise SystemExit(128 + signal.SIGTERM)
+
+
+INTERRUPTION = Interruption()
+"""That of this process: signals are its own, whatever thread or stage is at work."""
