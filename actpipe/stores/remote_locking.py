@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from actpipe.errors import StorageError, StoreMismatchError
 from actpipe.stores.locking import BEAT_SECONDS, STALE_SECONDS, Owner, is_running_here
@@ -81,7 +81,7 @@ class RemoteLock:
             return Owner(**json.loads(bytes(obstore.get(self.objects, LOCK_NAME).bytes())))
         return None
 
-    def _put(self, owner: Owner, mode: str = "overwrite") -> None:
+    def _put(self, owner: Owner, mode: Literal["create", "overwrite"] = "overwrite") -> None:
         import obstore
 
         obstore.put(self.objects, LOCK_NAME, json.dumps(asdict(owner)).encode(), mode=mode)
