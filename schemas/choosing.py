@@ -48,6 +48,8 @@ class KeepConfig(Contract):
         return self
 
 
+_WAYS = ("heads", "channels", "norms", "random", "matrix", "encoder")
+
 Range = Annotated[str, StringConstraints(pattern=r"^\d+-\d+$")]
 
 
@@ -62,6 +64,8 @@ class DeriveConfig(Contract):
     """Keep these heads, such as `[0, 3, "5-7"]`, ends included."""
     channels: tuple[NonNegativeInt | Range, ...] | None = None
     """Keep these places of the last axis."""
+    norms: Literal[True] | None = None
+    """The length of the last axis: one number per head of `attn.hook_z`, one per row of a residual stream."""
     random: PositiveInt | None = None
     """Project the row onto so many random directions (Gaussian, of variance one over their number)."""
     seed: Annotated[int, Field(ge=0)] = 0
@@ -78,10 +82,10 @@ class DeriveConfig(Contract):
 
     @model_validator(mode="after")
     def _one_way(self) -> Self:
-        ways = [way for way in ("heads", "channels", "random", "matrix", "encoder") if getattr(self, way) is not None]
+        ways = [way for way in _WAYS if getattr(self, way) is not None]
         if len(ways) != 1:
             given = " and ".join(ways) or "none"
-            raise ValueError(f"give exactly one of heads, channels, random, matrix and encoder; got {given}")
+            raise ValueError(f"give exactly one of {', '.join(_WAYS)}; got {given}")
         if self.encoder is None and (self.top_k is not None or self.center):
             raise ValueError("`top_k` and `center` belong to `encoder`")
         return self

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from actpipe.schemas.base import Name, NonEmpty, StageConfig
-from actpipe.schemas.choosing import KeepConfig
-from pydantic import Field, PositiveInt
+from actpipe.schemas.choosing import DeriveConfig, KeepConfig
+from pydantic import Field, PositiveInt, model_validator
 
 Statistic = Literal[
     "mean",
@@ -27,8 +27,10 @@ class ReduceActivationsConfig(StageConfig):
     stage: Literal["reduce_activations"] = "reduce_activations"
     name: Name = "reduce_activations"
     """Name of the result."""
-    hooks: Annotated[tuple[NonEmpty, ...], Field(min_length=1)]
+    hooks: tuple[NonEmpty, ...] = ()
     """Of which activations; patterns as in `extract_activations`."""
+    derive: tuple[DeriveConfig, ...] = ()
+    """Statistics of something made of activations, as in `extract_activations`: of a SAE's latents, heads, norms."""
     statistics: Annotated[tuple[Statistic, ...], Field(min_length=1)] = ("mean", "variance")
     """What to keep of them: `mean` and `variance` (with `count`), `extremes` (smallest, largest, share above zero),
     `covariance`, `histogram` (with quantiles), `top_rows`, `mean_by_token`, `mean_by_position`, and `pattern_scores`
@@ -43,3 +45,12 @@ class ReduceActivationsConfig(StageConfig):
     """Most tokens in one forward pass, padding included; a longer sequence runs alone."""
     max_bytes: PositiveInt = 4 * 2**30
     """Refuse statistics that need more memory than this."""
+
+    @model_validator(mode="after")
+    def _of_something(self) -> Self:
+        if not (self.hooks or self.derive):
+            raise ValueError("name activations in `hooks`, or make something of them with `derive`")
+        for entry in self.derive:
+            if entry.top_k is not None:
+                raise ValueError(f"derive ({entry.name}): statistics are of all latents; leave out `top_k`")
+        return self

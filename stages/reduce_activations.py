@@ -15,9 +15,10 @@ from actpipe.schemas.results import ResultRecord
 
 from actpipe.compute.accumulators import Arrays, Histogram
 from actpipe.compute.heads import MEASURES
+from actpipe.extraction.deriving import Derivation, captured_hooks, plan_derivations
 from actpipe.extraction.keeping import settle_rows
 from actpipe.extraction.proof import prove_hooks
-from actpipe.extraction.reducing import PartialSums, ReducingWorker, check_statistics, merge_all
+from actpipe.extraction.reducing import PartialSums, Reduced, ReducingWorker, check_statistics, merge_all, reduced_of
 from actpipe.hooks import HookPoint
 from actpipe.model_inputs import inputs_of, special_token_ids
 from actpipe.planning import plan_parts
@@ -55,8 +56,8 @@ class ReduceActivations:
 
     def check(self, context: RunContext) -> None:
         """Refuse activations that have no such statistics, and what would not fit into memory."""
-        length = inputs_of(context, self.config.corpus).context_length
-        check_statistics(self.config, self._points(context), context.spec.shape, length)
+        shape, length = context.spec.shape, inputs_of(context, self.config.corpus).context_length
+        check_statistics(self.config, self._points(context), self._derivations(context), shape, length)
 
     def run(self, context: RunContext) -> None:
         """Do every part that is not done, then put them together; doing it twice changes nothing."""
@@ -66,7 +67,7 @@ class ReduceActivations:
             name=self.config.name,
             kind="reduction",
             corpus=self.config.corpus,
-            settings=self.config.model_dump(mode="json", exclude=_NOT_THE_NUMBERS),
+            settings=self._settings(context),
             model_fingerprint=context.spec.identity.fingerprint,
         )
         result = current_result(folder, wanted)
@@ -77,8 +78,18 @@ class ReduceActivations:
             shutil.rmtree(folder.reductions)
         context.findings.append(_describe(result))
 
+    def _settings(self, context: RunContext) -> dict[str, object]:
+        """Return what the numbers depend on: the settings, and the files that they name."""
+        settings: dict[str, object] = self.config.model_dump(mode="json", exclude=_NOT_THE_NUMBERS)
+        files = {one.config.name: one.sha256 for one in self._derivations(context) if one.sha256 is not None}
+        return settings | ({"sha256": files} if files else {})
+
     def _points(self, context: RunContext) -> tuple[HookPoint, ...]:
         return tuple(context.spec.hook_points[name] for name in context.spec.select(self.config.hooks))
+
+    def _derivations(self, context: RunContext) -> tuple[Derivation, ...]:
+        length = inputs_of(context, self.config.corpus).context_length
+        return plan_derivations(self.config, context.spec, context.base, length)
 
     def _reduce(self, context: RunContext, tokens: TokenTable, work: RunFolder) -> dict[str, Arrays]:
         """Do the parts that are missing, and merge all of them in their order."""
@@ -103,21 +114,23 @@ class ReduceActivations:
     ) -> None:
         if not parts:
             return
-        prove_hooks(context.model, tokens, context.spec.select(self.config.hooks))
+        prove_hooks(context.model, tokens, context.spec.select(captured_hooks(self.config)))
+        derivations = self._derivations(context)
         n_rows = sum(part.n_rows for part in parts)
         with (
             context.telemetry.progress(f"{self.config.name} {self.config.corpus}", n_rows, "tokens") as meter,
-            ReducingWorker.open(self.config, context.model, tokens, kept, sums, meter=meter) as worker,
+            ReducingWorker.open(
+                self.config, context.model, tokens, kept, sums, meter=meter, derivations=derivations
+            ) as worker,
         ):
             context.engine.run_parts(parts, worker)
 
     def _commit(self, context: RunContext, writer: ResultWriter, arrays: dict[str, Arrays]) -> Result:
         length = inputs_of(context, self.config.corpus).context_length
         variables: dict[str, tuple[tuple[str, ...], np.ndarray]] = {}
-        for point in self._points(context):
-            shape = point.row_shape(context.spec.shape, length)
-            for name, values in arrays.get(point.name, {}).items():
-                variables[f"{point.name}.{name}"] = _labelled(name, values, point, shape)
+        for one in reduced_of(self._points(context), self._derivations(context), context.spec.shape, length):
+            for name, values in arrays.get(one.name, {}).items():
+                variables[f"{one.name}.{name}"] = _labelled(name, values, one)
         dataset = xr.Dataset(_with_sizes(variables))
         known = {"measure": labels(list(MEASURES)), "level": np.array(Histogram().levels)}
         dataset = dataset.assign_coords({axis: values for axis, values in known.items() if axis in dataset.dims})
@@ -131,9 +144,7 @@ def _digest(wanted: ResultRecord, tokens: TokenTable) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _labelled(
-    name: str, values: np.ndarray, point: HookPoint, shape: tuple[int, ...]
-) -> tuple[tuple[str, ...], np.ndarray]:
+def _labelled(name: str, values: np.ndarray, reduced: Reduced) -> tuple[tuple[str, ...], np.ndarray]:
     """Return a statistic with the names of its axes, channels laid out as in the activation."""
     if name in _AXES:
         return _AXES[name], values
@@ -141,8 +152,8 @@ def _labelled(
         return ("head", "measure"), values
     leading = next((axis for start, axis in _LEADING.items() if name.startswith(start)), None)
     if leading is not None:
-        return (leading, *point.axes), values.reshape(-1, *shape)
-    return point.axes, values.reshape(shape)
+        return (leading, *reduced.axes), values.reshape(-1, *reduced.shape)
+    return reduced.axes, values.reshape(reduced.shape)
 
 
 def _with_sizes(

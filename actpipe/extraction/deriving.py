@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,7 +18,6 @@ from actpipe.models.hooked_model import ModelSpec
 from actpipe.schemas.choosing import DeriveConfig
 from actpipe.schemas.manifest import ArrayManifest
 from actpipe.schemas.manifest import Derivation as DerivationRecord
-from actpipe.schemas.recipe import ExtractActivationsConfig
 from actpipe.stores.layout import sha256_of
 
 Weights = dict[str, torch.Tensor]
@@ -40,6 +40,16 @@ class Derivation:
     """SHA-256 of that file."""
     sizes: tuple[int, int] | None
     """How many values go into the matrix of that file, and how many come out."""
+
+    @property
+    def result(self) -> str:
+        """Its name among the results, beside that of the hook."""
+        return f"{self.hook}.{self.config.name}"
+
+    @property
+    def row(self) -> tuple[tuple[int, ...], Axes]:
+        """Sizes and axes of a row of what is derived."""
+        return self._shape()
 
     @property
     def _path(self) -> str:
@@ -72,6 +82,9 @@ class Derivation:
             return (rows.index_select(axis, _numbers(config.heads).to(rows.device)),)
         if config.channels is not None:
             return (rows.index_select(-1, _numbers(config.channels).to(rows.device)),)
+        if config.norms:
+            lengths = rows.float().norm(dim=-1)
+            return (lengths if lengths.ndim > 1 else lengths.unsqueeze(-1),)
         weights = _load(self, rows.device)
         flat = rows.flatten(1) if self._whole_row else rows
         if config.encoder is None:
@@ -98,6 +111,8 @@ class Derivation:
             return (*shape[:axis], len(_numbers(config.heads)), *shape[axis + 1 :]), axes
         if config.channels is not None:
             return (*shape[:-1], len(_numbers(config.channels))), axes
+        if config.norms:
+            return (shape[:-1], axes[:-1]) if len(shape) > 1 else ((1,), ("norm",))
         outer = ((), ()) if self._whole_row else (shape[:-1], axes[:-1])
         if config.top_k is not None:
             return (*outer[0], config.top_k), (*outer[1], "rank")
@@ -105,9 +120,19 @@ class Derivation:
         return (*outer[0], size), (*outer[1], "component" if config.encoder is None else "latent")
 
 
-def plan_derivations(
-    config: ExtractActivationsConfig, spec: ModelSpec, base: Path, context_length: int
-) -> tuple[Derivation, ...]:
+class Derives(Protocol):
+    """Settings that name activations, and derivations of some."""
+
+    @property
+    def hooks(self) -> tuple[str, ...]:
+        """The activations."""
+
+    @property
+    def derive(self) -> tuple[DeriveConfig, ...]:
+        """The derivations."""
+
+
+def plan_derivations(config: Derives, spec: ModelSpec, base: Path, context_length: int) -> tuple[Derivation, ...]:
     """Return everything that is derived, checked against the model and the files.
 
     Args:
@@ -142,7 +167,7 @@ def plan_derivations(
     return tuple(made)
 
 
-def captured_hooks(config: ExtractActivationsConfig) -> tuple[str, ...]:
+def captured_hooks(config: Derives) -> tuple[str, ...]:
     """Return the patterns of every activation that is looked at, stored as it is or not."""
     return (*config.hooks, *(hook for entry in config.derive for hook in entry.hooks))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from math import prod
 from typing import Any
 
 import google_crc32c
@@ -26,6 +27,7 @@ from actpipe.compute.accumulators import (
 )
 from actpipe.compute.heads import PATTERNS, HeadScoreSums, detection_pattern, score_heads
 from actpipe.errors import DtypeOverflowError, RecipeError
+from actpipe.extraction.deriving import Derivation, captured_hooks
 from actpipe.extraction.passes import Passes, Placement
 from actpipe.hooks import HookPoint, ModelShape
 from actpipe.models.hooked_model import HookedModel
@@ -56,15 +58,37 @@ def accumulators_of(config: ReduceActivationsConfig) -> dict[str, Accumulator]:
     return dict(known[statistic] for statistic in config.statistics if statistic != _PATTERN_SCORES)
 
 
+@dataclass(frozen=True)
+class Reduced:
+    """Something that there are statistics of."""
+
+    name: str
+    axes: tuple[str, ...]
+    """Axes of a row; `shape` has their sizes."""
+    shape: tuple[int, ...]
+
+
+def reduced_of(
+    points: Iterable[HookPoint], derivations: Iterable[Derivation], shape: ModelShape, context_length: int
+) -> tuple[Reduced, ...]:
+    """Return what there are statistics of: activations, and what is made of them."""
+    plain = [Reduced(point.name, tuple(point.axes), point.row_shape(shape, context_length)) for point in points]
+    return (*plain, *(Reduced(one.result, one.row[1], one.row[0]) for one in derivations))
+
+
 def check_statistics(
-    config: ReduceActivationsConfig, points: Iterable[HookPoint], shape: ModelShape, context_length: int
+    config: ReduceActivationsConfig,
+    points: Iterable[HookPoint],
+    derivations: Iterable[Derivation],
+    shape: ModelShape,
+    context_length: int,
 ) -> None:
     """Refuse statistics that an activation does not have, and those that need too much memory.
 
     Raises:
         RecipeError: Says which, and the way out.
     """
-    points = tuple(points)
+    points, derivations = tuple(points), tuple(derivations)
     scored = _PATTERN_SCORES in config.statistics
     for point in points:
         is_pattern = point.name.endswith("attn.hook_pattern")
@@ -77,12 +101,15 @@ def check_statistics(
             )
         if is_pattern and accumulators_of(config):
             raise RecipeError(f"{point.name} has `pattern_scores` only; give the other statistics a stage of their own")
+    if scored and derivations:
+        raise RecipeError("pattern_scores are of attn.hook_pattern itself; give `derive` a stage of its own")
     if scored and config.keep is not None:
         raise RecipeError("pattern_scores are of whole sequences; leave out `keep`")
-    needed = sum(_state_bytes(config, point.row_size(shape, context_length), shape, context_length) for point in points)
+    reduced = reduced_of(points, derivations, shape, context_length)
+    needed = sum(_state_bytes(config, prod(one.shape), shape, context_length) for one in reduced)
     if needed > config.max_bytes:
         raise RecipeError(
-            f"{config.name} needs {needed:,} bytes of memory for {', '.join(config.statistics)} of {len(points)} "
+            f"{config.name} needs {needed:,} bytes of memory for {', '.join(config.statistics)} of {len(reduced)} "
             f"activations, and max_bytes is {config.max_bytes:,}; name fewer hooks or raise it"
         )
 
@@ -133,9 +160,18 @@ class PartialSums:
 class ReducingWorker:
     """Does one part at a time: forward passes, sums on the model's device, and what they gave on the disk."""
 
-    def __init__(self, config: ReduceActivationsConfig, model: HookedModel, sums: PartialSums, meter: Meter) -> None:
+    def __init__(
+        self,
+        config: ReduceActivationsConfig,
+        model: HookedModel,
+        sums: PartialSums,
+        meter: Meter,
+        derivations: Iterable[Derivation],
+    ) -> None:
         self._accumulators = accumulators_of(config)
         self._model = model
+        self._plain = set(model.select(config.hooks))
+        self._derivations = tuple(derivations)
         self._sums = sums
         self._meter = meter
         self._run_part: Any
@@ -156,11 +192,12 @@ class ReducingWorker:
         sums: PartialSums,
         *,
         meter: Meter,
+        derivations: Iterable[Derivation] = (),
     ) -> Iterator[ReducingWorker]:
         """Hook the model."""
-        worker = cls(config, model, sums, meter)
+        worker = cls(config, model, sums, meter, derivations)
         passes = Passes(model, tokens, kept, worker, batch_tokens=config.batch_tokens)
-        with passes.open(model.select(config.hooks)) as worker._run_part:
+        with passes.open(model.select(captured_hooks(config))) as worker._run_part:
             yield worker
 
     def __call__(self, part: Part) -> None:
@@ -198,6 +235,14 @@ class ReducingWorker:
             for pattern, state in self._pattern_states(rows).items():
                 self._add(f"{name}|{pattern}", state, merge_scores)
             return
+        if name in self._plain:
+            self._add_rows(name, rows)
+        for derivation in self._derivations:
+            if derivation.hook == name:
+                (values,) = derivation(rows)
+                self._add_rows(derivation.result, values)
+
+    def _add_rows(self, name: str, rows: torch.Tensor) -> None:
         flat = rows.flatten(1)
         bad = (~flat.isfinite()).sum()
         self._not_finite[name] = self._not_finite.get(name, torch.zeros_like(bad)) + bad

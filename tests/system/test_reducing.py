@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 import xarray as xr
+from safetensors.torch import save_file
 from support import MODELS, TEXTS, make_recipe, run
 
 import actpipe
@@ -173,3 +175,51 @@ def test_what_makes_no_sense_is_refused(corpus, tmp_path, settings, message):
     with pytest.raises(ActpipeError, match=message):
         run(recipe_of(corpus, reduction(**settings)), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_statistics_of_latents_and_head_norms_are_those_of_the_stored_ones(corpus, tmp_path):
+    draw = torch.Generator().manual_seed(0)
+    encoder = {"W_enc": torch.randn(128, 60, generator=draw), "b_enc": torch.randn(60, generator=draw)}
+    save_file(encoder, tmp_path / "sae.safetensors")
+    entries = [
+        {"name": "sae", "hooks": [RESIDUAL], "encoder": str(tmp_path / "sae.safetensors")},
+        {"name": "length", "hooks": [Z], "norms": True},
+    ]
+    extract = {"stage": "extract_activations", "hooks": [], "derive": entries}
+    reduce = reduction(hooks=[], derive=entries, statistics=["mean", "top_rows"])
+    run(recipe_of(corpus, extract, reduce), tmp_path / "run")
+    found, store = results(tmp_path / "run"), actpipe.open_store(tmp_path / "run")
+
+    for name, axes in ((f"{RESIDUAL}.sae", ("latent",)), (f"{Z}.length", ("head",))):
+        hook, entry = name.rsplit(".", 1)
+        rows = store[f"derived/{entry}/{hook}"].compute()
+        assert found[f"{name}.mean"].dims == axes
+        np.testing.assert_allclose(found[f"{name}.mean"], rows.mean(0), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(found[f"{name}.top_value"], -np.sort(-rows, axis=0)[:3], rtol=1e-4, atol=1e-5)
+    lengths = store[f"derived/length/{Z}"].compute()
+    top = found[f"{Z}.length.top_row"].values
+    np.testing.assert_array_equal(found[f"{Z}.length.top_token"], store["tokens/input_ids"].compute()[top])
+    np.testing.assert_allclose(np.take_along_axis(lengths, top, 0), -np.sort(-lengths, axis=0)[:3], rtol=1e-4)
+
+
+def test_other_weights_are_another_result(corpus, tmp_path):
+    def mean_under(seed):
+        draw = torch.Generator().manual_seed(seed)
+        save_file({"W": torch.randn(128, 4, generator=draw)}, tmp_path / "basis.safetensors")
+        entry = {"name": "basis", "hooks": [RESIDUAL], "matrix": str(tmp_path / "basis.safetensors")}
+        run(recipe_of(corpus, reduction(hooks=[], derive=[entry])), tmp_path / "run")
+        return results(tmp_path / "run")[f"{RESIDUAL}.basis.mean"].values
+
+    assert not np.allclose(mean_under(0), mean_under(1))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"hooks": []}, "name activations in `hooks`"),
+        ({"derive": [{"name": "sae", "hooks": [RESIDUAL], "encoder": "sae", "top_k": 2}]}, "leave out `top_k`"),
+    ],
+)
+def test_a_reduction_of_nothing_or_of_cut_latents_is_refused(corpus, tmp_path, settings, message):
+    with pytest.raises(ActpipeError, match=message):
+        run(recipe_of(corpus, reduction(**settings)), tmp_path)
