@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from actpipe.schemas.base import AnalysisConfig
+from actpipe.schemas.lens_analyses import LogitLensConfig
 from pydantic import Field
 
 
@@ -53,5 +54,6 @@ ANALYSES: tuple[type[AnalysisConfig], ...] = (
     DecomposeResidualConfig,
     AttributeLogitsConfig,
     ScoreHeadsConfig,
+    LogitLensConfig,
 )
 """All of them."""

@@ -8,6 +8,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from actpipe.records import Finding
+from actpipe.report import lens_figures
 from actpipe.report.drawing import BLUE, GREY, Plot, bars, heat_map, layer_by_head, styled
 from actpipe.stores.results import Result
 
@@ -132,6 +133,7 @@ MAKERS: dict[str, Callable[[Result], Iterator[Shown]]] = {
     "heads": _heads,
     "residual": _residual,
     "reduction": _reduction,
+    **lens_figures.MAKERS,
 }
 """By kind of result, in the order of the page."""
 
