@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from actpipe.errors import ActpipeError as ActpipeError
     from actpipe.feed.loader import ActivationLoader as ActivationLoader
-    from actpipe.jobs.residual import decompose_resid as decompose_resid
+    from actpipe.jobs.stacks import accumulated_bias as accumulated_bias
+    from actpipe.jobs.stacks import accumulated_resid as accumulated_resid
+    from actpipe.jobs.stacks import apply_ln_to_stack as apply_ln_to_stack
+    from actpipe.jobs.stacks import decompose_resid as decompose_resid
+    from actpipe.jobs.stacks import get_full_resid_decomposition as get_full_resid_decomposition
+    from actpipe.jobs.stacks import stack_head_results as stack_head_results
+    from actpipe.jobs.stacks import stack_neuron_results as stack_neuron_results
     from actpipe.live import LiveActivationLoader as LiveActivationLoader
     from actpipe.models.checkpoint import open_weights as open_weights
     from actpipe.models.hooked_model import HookedModel as HookedModel
@@ -26,7 +32,13 @@ _PUBLIC = {
     "ActpipeError": "actpipe.errors",
     "HookedModel": "actpipe.models.hooked_model",
     "LiveActivationLoader": "actpipe.live",
-    "decompose_resid": "actpipe.jobs.residual",
+    "accumulated_bias": "actpipe.jobs.stacks",
+    "accumulated_resid": "actpipe.jobs.stacks",
+    "apply_ln_to_stack": "actpipe.jobs.stacks",
+    "decompose_resid": "actpipe.jobs.stacks",
+    "get_full_resid_decomposition": "actpipe.jobs.stacks",
+    "stack_head_results": "actpipe.jobs.stacks",
+    "stack_neuron_results": "actpipe.jobs.stacks",
     "open_results": "actpipe.opening",
     "open_store": "actpipe.opening",
     "open_weights": "actpipe.models.checkpoint",
@@ -39,11 +51,17 @@ __all__ = [
     "HookedModel",
     "LiveActivationLoader",
     "__version__",
+    "accumulated_bias",
+    "accumulated_resid",
+    "apply_ln_to_stack",
     "decompose_resid",
+    "get_full_resid_decomposition",
     "open_results",
     "open_store",
     "open_weights",
     "run_recipe",
+    "stack_head_results",
+    "stack_neuron_results",
 ]
 
 

@@ -1,8 +1,6 @@
-"""The residual stream's components: as one lazy array, and what each contributes."""
+"""What each component contributes to the residual stream."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 
@@ -32,30 +30,6 @@ def components_of(store: ActivationStore, layer: int | None = None) -> list[Comp
             "what attention and MLPs write to it; work with the stored activations themselves"
         )
     return residual_components(build_catalogue(shape), shape.n_layers, layer)
-
-
-def decompose_resid(store: ActivationStore, layer: int | None = None) -> tuple[Any, list[str]]:
-    """Return what was written to the residual stream entering `layer`, component by component.
-
-    Args:
-        store: A store with `hook_embed`, `hook_pos_embed` where the model has it, and every
-            `hook_attn_out` and `hook_mlp_out` below `layer`.
-        layer: By default that after the last, so that the sum is the last `hook_resid_post`.
-
-    Returns:
-        A Dask array `(component, row, d_model)` in float32, and the components' labels, in
-        TransformerLens' order and with its names (`ActivationCache.decompose_resid`).
-
-    Raises:
-        IncompleteStoreError: A component is not stored.
-        UnsupportedModelError: The model's stream is no such sum.
-    """
-    import dask.array as da
-
-    components = components_of(store, layer)
-    require_arrays(store, [component.hook for component in components], "decompose_resid")
-    stacked = da.stack([store[component.hook].astype("float32") for component in components])
-    return stacked, [component.label for component in components]
 
 
 def measure_residual(
