@@ -166,7 +166,7 @@ def stack_neuron_results(
 ) -> Stack:
     """Return what neurons below `layer` write to the residual stream, from stored `mlp.hook_post` and `W_out`.
 
-    The array is as large as rows times neurons times d_model: choose neurons, or reduce it; Dask keeps a block at a time.
+    The array has rows times neurons times d_model numbers: choose neurons, or reduce it; Dask keeps blocks only.
 
     Args:
         store: A store with `mlp.hook_post` of every layer below (and `ln2_post.hook_scale` where there is one).
@@ -189,6 +189,7 @@ def stack_neuron_results(
     stop = _layer(store, layer)
     parts, names = [], list[str]()
     for number in range(stop):
+        require_arrays(store, [f"blocks.{number}.mlp.hook_post"], "stack_neuron_results")
         chosen = np.arange(store.array(f"blocks.{number}.mlp.hook_post").manifest.row_shape[-1])[neurons]
         parts.append(written_by_neurons(store, weights, number, chosen))
         names += [f"L{number}N{neuron}" for neuron in chosen]

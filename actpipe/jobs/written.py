@@ -54,7 +54,6 @@ def written_by_neurons(
 
     post = f"blocks.{layer}.mlp.hook_post"
     _require_native(store)
-    require_arrays(store, [post], "stack_neuron_results")
     try:
         W_out = weight_array(weights, f"blocks.{layer}.mlp.W_out")[neurons]
     except KeyError as error:
