@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from actpipe.schemas.base import AnalysisConfig
+from actpipe.schemas.base import AnalysisConfig, NonEmpty
 from actpipe.schemas.lens_analyses import LogitLensConfig
 from pydantic import Field
 
@@ -27,6 +27,13 @@ class AttributeLogitsConfig(AnalysisConfig):
     """Settings of the stage `attribute_logits`: direct attribution of the correct next token's logit."""
 
     stage: Literal["attribute_logits"] = "attribute_logits"
+    target: Annotated[int, Field(ge=0)] | NonEmpty = "next"
+    """Whose logit: `next`, the token that comes next; `top`, the one that the model holds most probable; or one token
+    for all rows, by id or by its text (`" the"`), which must be one token."""
+    minus: Annotated[int, Field(ge=0)] | NonEmpty | None = None
+    """Attribute the difference to this token's logit, by id or text, in place of the logit."""
+    by: NonEmpty | None = None
+    """A column of documents.parquet: means for each of its values too."""
     heads: bool = True
     """Attribute to every head too; needs `attn.hook_z` of every layer."""
     keep_rows: bool = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -14,13 +14,16 @@ from actpipe.schemas.analyses import AttributeLogitsConfig
 
 from actpipe.analysis import require_every_token, require_hooks, require_sum, run_analysis
 from actpipe.compute.attribution import fold_unembedding
-from actpipe.compute.residual import residual_components
-from actpipe.errors import IdentityError
+from actpipe.compute.grouping import GroupSums
+from actpipe.compute.residual import residual_components, residual_hook
+from actpipe.errors import IdentityError, RecipeError
 from actpipe.jobs.attribution import (
     MODEL_LOGIT,
     AttributionWeights,
+    Target,
     attribute_store,
     column_labels,
+    groups_of_column,
     needed_arrays,
 )
 from actpipe.jobs.residual import components_of
@@ -49,23 +52,46 @@ class AttributeLogits:
         require_every_token(context, self.config)
         n_layers = context.spec.shape.n_layers
         components = residual_components(context.spec.hook_points, n_layers)
-        require_hooks(context, self.config, needed_arrays(components, n_layers, heads=self.config.heads))
+        target = self._target(context)
+        require_hooks(context, self.config, needed_arrays(components, n_layers, heads=self.config.heads, target=target))
 
     def run(self, context: RunContext) -> None:
         """Compute the attribution, unless it is there."""
 
         def compute(store: ActivationStore, writer: ResultWriter, meter: Meter) -> Result:
-            return self._compute(store, _weights(context.model, heads=self.config.heads), writer, meter)
+            weights = _weights(context.model, heads=self.config.heads)
+            return self._compute(store, weights, self._target(context), writer, meter)
 
         result = run_analysis(context, self.config, "attribution", compute)
         context.findings.append(_describe(result))
 
+    def _whose(self) -> str:
+        """Return whose logit it is, for people."""
+        target, minus = self.config.target, self.config.minus
+        whose = {"next": "the correct next token", "top": "the model's top token"}.get(str(target), f"token {target!r}")
+        return whose if minus is None else f"{whose} minus token {minus!r}"
+
+    def _target(self, context: RunContext) -> Target:
+        """Return whose logit is meant.
+
+        Raises:
+            RecipeError: A text is not one token, or an id is outside the vocabulary.
+        """
+        wanted = self.config.target
+        minus = None if self.config.minus is None else _token_id(context, self.config.minus)
+        if wanted in ("next", "top"):
+            return Target("next" if wanted == "next" else "top", minus)
+        return Target(_token_id(context, wanted), minus)
+
     def _compute(
-        self, store: ActivationStore, weights: AttributionWeights, writer: ResultWriter, meter: Meter
+        self, store: ActivationStore, weights: AttributionWeights, target: Target, writer: ResultWriter, meter: Meter
     ) -> Result:
         shape = store.shape
         columns = column_labels(components_of(store), shape.n_layers, shape.n_heads, heads=self.config.heads)
-        options = {}
+        options: dict[str, Any] = {}
+        values: list[str] = []
+        if self.config.by is not None:
+            values, options["groups"] = groups_of_column(store, self.config.by)
         if self.config.keep_rows:
             options["keep"] = writer.open_rows(
                 "attribution",
@@ -73,7 +99,8 @@ class AttributeLogits:
                 axes=("row", "component"),
                 chunk_rows=store.manifest.rows_per_part,
             )
-        sums = attribute_store(store, weights, block_bytes=self.config.block_bytes, done=meter.advance, **options)
+        options |= {"target": target, "block_bytes": self.config.block_bytes, "done": meter.advance}
+        sums = attribute_store(store, weights, **options)
         allowed = _ROUNDING[store.array("hook_embed").manifest.dtype]
         if not sums.worst <= allowed:
             raise IdentityError(
@@ -88,6 +115,8 @@ class AttributeLogits:
             },
             coords={"position": np.arange(len(by_position.count)), "component": labels(columns)},
         )
+        if self.config.by is not None:
+            dataset = dataset.merge(_by_group(sums.by_group, self.config.by, values, columns))
         table = pd.DataFrame(
             {
                 "component": columns,
@@ -98,8 +127,38 @@ class AttributeLogits:
                 "std": total.std[0],
             }
         )
-        checked = {"worst_sum_error": sums.worst} if MODEL_LOGIT in store else {}
-        return writer.commit(dataset=dataset, table=table, summary={"n_rows": int(total.count[0, 0]), **checked})
+        is_checked = residual_hook(shape.n_layers) in store or (target.is_models and MODEL_LOGIT in store)
+        summary: dict[str, int | float | str] = {"n_rows": int(total.count[0, 0]), "logit": self._whose()}
+        if is_checked:
+            summary["worst_sum_error"] = sums.worst
+        return writer.commit(dataset=dataset, table=table, summary=summary)
+
+
+def _token_id(context: RunContext, token: int | str) -> int:
+    if isinstance(token, str):
+        ids = context.spec.tokenizer(token, add_special_tokens=False)["input_ids"]
+        if len(ids) != 1:
+            raise RecipeError(
+                f"attribute_logits: {token!r} is {len(ids)} tokens ({ids}); name one token, by its text or its id"
+            )
+        return int(ids[0])
+    if token >= context.spec.shape.d_vocab:
+        raise RecipeError(f"attribute_logits: token {token} is outside the vocabulary of {context.spec.shape.d_vocab}")
+    return token
+
+
+def _by_group(sums: GroupSums, column: str, values: list[str], columns: list[str]) -> xr.Dataset:
+    """Return means by value of a column of documents.parquet, values without a row left out."""
+    n_groups = len(sums.count)
+    return xr.Dataset(
+        {
+            "mean_by_value": (("value", "component"), sums.mean),
+            "std_by_value": (("value", "component"), sums.std),
+            "count_by_value": ("value", sums.count[:, 0].astype(np.int64)),
+        },
+        coords={"value": labels(values[:n_groups]), "component": labels(columns)},
+        attrs={"by": column},
+    )
 
 
 def _weights(model: HookedModel, *, heads: bool) -> AttributionWeights:
@@ -134,7 +193,7 @@ def _describe(result: Result) -> Finding:
     error = result.record.summary.get("worst_sum_error")
     note = "" if error is None else f"sum off from the model's own logit by at most {error:.1e}"
     return Finding(
-        f"Logit of the correct next token, by component: {result.record.corpus}",
+        f"Logit of {result.record.summary['logit']}, by component: {result.record.corpus}",
         ("component", "mean", "std"),
         rows,
         note,

@@ -194,7 +194,8 @@ def read_translators(path: Path, labels: Iterable[str], d_model: int) -> dict[st
 
 def rows_of_split(store: ActivationStore, fraction: float, seed: int, *, validation: bool) -> ChooseRows:
     """Return what tells the rows of one side of a split by document, drawn by a hash of the documents' ids."""
-    ids = store.documents.column("id").to_pylist()
+    documents = store.documents
+    ids = documents.column("id").to_pylist()
     drawn = np.array([is_drawn(f"{seed}:{document}", fraction) for document in ids], bool)
     side = drawn if validation else ~drawn
-    return lambda block: side[np.minimum(store.documents.of_rows(np.arange(block.start, block.stop)), len(side) - 1)]
+    return lambda block: side[documents.of_rows(np.arange(block.start, block.stop))]

@@ -67,16 +67,17 @@ def _residual(result: Result) -> Iterator[Plot]:
 def _attribution(result: Result) -> Iterator[Plot]:
     table = result.table
     heads = table[table["kind"] == "head"]
+    whose = result.record.summary.get("logit", "the correct next token")
     components = table[~table["kind"].isin(["head", "attn_bias"])]
     yield Plot(
-        "Logit of the correct next token, by component",
+        f"Logit of {whose}, by component",
         "Direct contribution of each component, mean over all tokens; whiskers are one standard deviation "
         "over tokens. The bars add up to the mean logit.",
         bars(components, "mean", "logit", error="std"),
     )
     if len(heads):
         yield Plot(
-            "Logit of the correct next token, by head",
+            f"Logit of {whose}, by head",
             "Direct contribution of each attention head, mean over all tokens.",
             heat_map(layer_by_head(heads, "mean"), "logit", diverging=True),
         )

@@ -14,7 +14,7 @@ from actpipe import HookedModel, decompose_resid, open_results, open_store
 from actpipe.compute.attribution import next_tokens
 from actpipe.compute.grouping import sum_by_group
 from actpipe.compute.heads import PATTERNS, HeadScoreSums, detection_pattern, score_heads
-from actpipe.errors import IdentityError, IncompleteStoreError
+from actpipe.errors import ActpipeError, IdentityError, IncompleteStoreError
 from actpipe.jobs.heads import score_store_heads
 from actpipe.jobs.metrics import metrics_by_position
 
@@ -50,6 +50,8 @@ def analysed(request, tmp_path_factory):
         {"stage": "decompose_residual", "block_bytes": 50_000},
         {"stage": "decompose_residual", "layer": 1, "name": "entering-1"},
         {"stage": "attribute_logits", "block_bytes": 50_000, "keep_rows": True},
+        {"stage": "attribute_logits", "name": "top", "target": "top", "keep_rows": True, "block_bytes": 50_000},
+        {"stage": "attribute_logits", "name": "difference", "target": 7, "minus": 9, "keep_rows": True, "by": "id"},
         {"stage": "score_heads", "block_bytes": 20_000},
     ]
     run(recipe, folder / "run")
@@ -325,3 +327,64 @@ def test_the_trained_model_has_its_induction_head(tmp_path):
         attention = store.array("blocks.1.attn.hook_pattern").read(sequence.first_row, sequence.row_stop)
         stripe.append(np.mean([attention[t, 0, t - 63] for t in range(64, 128)]))
     assert np.mean(stripe) == pytest.approx(0.772, abs=0.02)
+
+
+def kept_sums(folder, name):
+    """Return what a row's components and the constant term add up to."""
+    result = open_results(folder, name).dataset
+    last = [str(label) for label in result["component"].values].index("bias")
+    return result["attribution"].values[:, : last + 1].sum(-1)
+
+
+def logits_of(folder, model):
+    """Return the model's own logits of every row, in the order of rows."""
+    store = open_store(folder)
+    sequences = store.tokens.read_sequences(0, store.n_rows)
+    rows = [model.forward(torch.tensor(sequence.ids[None].astype(np.int64)))[0] for sequence in sequences]
+    return torch.cat(rows).detach().numpy()
+
+
+def test_the_top_tokens_logit_is_shared_out_whole(analysed):
+    folder, model = analysed
+
+    np.testing.assert_allclose(kept_sums(folder, "top"), logits_of(folder, model).max(-1), atol=1e-4)
+    assert open_results(folder, "top").record.summary["logit"] == "the model's top token"
+
+
+def test_a_difference_of_two_tokens_logits_is_shared_out_whole(analysed):
+    folder, model = analysed
+    logits = logits_of(folder, model)
+
+    np.testing.assert_allclose(kept_sums(folder, "difference"), logits[:, 7] - logits[:, 9], atol=1e-4)
+    assert open_results(folder, "difference").record.summary["worst_sum_error"] < 1e-4
+
+
+def test_means_by_a_documents_column_are_those_of_its_rows(analysed):
+    folder, _ = analysed
+    store, result = open_store(folder), open_results(folder, "difference").dataset
+    ids = np.array(store.documents.column("id").to_pylist(), dtype=str)
+    of_row = ids[store.documents.of_rows(np.arange(store.n_rows))]
+
+    assert result["count_by_value"].values.sum() == store.n_rows
+    for number, value in enumerate(result["value"].values):
+        expected = result["attribution"].values[of_row == value].mean(0, dtype=np.float64)
+        np.testing.assert_allclose(result["mean_by_value"].values[number], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"target": 10**6}, "token 1000000 is outside the vocabulary"),
+        ({"minus": "To be or not"}, "name one token"),
+        ({"target": "top"}, r"blocks.1.hook_resid_post"),
+        ({"by": "speaker"}, "no column 'speaker'"),
+    ],
+)
+def test_targets_and_columns_that_are_not_there_are_refused(tmp_path, settings, message):
+    path = tmp_path / "corpus.jsonl"
+    path.write_text('{"text": "to be or not to be"}\n')
+    recipe = make_recipe(path, hooks=[*COMPONENTS, "hook_pos_embed", "ln_final.hook_scale"])
+    recipe["stages"].append({"stage": "attribute_logits", **settings})
+
+    with pytest.raises(ActpipeError, match=message):
+        run(recipe, tmp_path / "run")
