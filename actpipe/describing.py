@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from ruamel.yaml.error import YAMLError
@@ -76,10 +77,7 @@ def describe_corpus(name: str, folder: RunFolder) -> list[Finding]:
         findings += describe_fidelity(ActivationStore(folder))
     results = list_results(folder)
     if results:
-        shown = tuple(
-            (r.record.name, r.record.kind, ", ".join(f"{k} {v:.4g}" for k, v in r.record.summary.items()))
-            for r in results
-        )
+        shown = tuple((r.record.name, r.record.kind, _numbers(r.record.summary)) for r in results)
         findings.append(Finding(f"Results of {name}", ("name", "kind", "summary"), shown))
     return findings
 
@@ -147,3 +145,10 @@ def clean_run(path: Path, *, dry_run: bool = False) -> list[tuple[str, str]]:
         if not dry_run:
             clear_abandoned(run)
     return found
+
+
+def _numbers(summary: Mapping[str, float | int | str]) -> str:
+    """Return the few numbers worth a line, as one."""
+    return ", ".join(
+        f"{key} {value}" if isinstance(value, str) else f"{key} {value:.4g}" for key, value in summary.items()
+    )

@@ -53,6 +53,7 @@ def analysed(request, tmp_path_factory):
         {"stage": "attribute_logits", "name": "top", "target": "top", "keep_rows": True, "block_bytes": 50_000},
         {"stage": "attribute_logits", "name": "difference", "target": 7, "minus": 9, "keep_rows": True, "by": "id"},
         {"stage": "score_heads", "block_bytes": 20_000},
+        {"stage": "write_report"},
     ]
     run(recipe, folder / "run")
     return folder / "run", HookedModel.from_pretrained(str(MODELS / family), device="cpu")
@@ -342,6 +343,13 @@ def logits_of(folder, model):
     sequences = store.tokens.read_sequences(0, store.n_rows)
     rows = [model.forward(torch.tensor(sequence.ids[None].astype(np.int64)))[0] for sequence in sequences]
     return torch.cat(rows).detach().numpy()
+
+
+def test_the_report_says_whose_logit_each_attribution_is_of(analysed):
+    page = (analysed[0] / "report.html").read_text()
+
+    for whose in ("the correct next token", "the model&#39;s top token", "token 7 minus token 9"):
+        assert f"Logit of {whose}, by component" in page
 
 
 def test_the_top_tokens_logit_is_shared_out_whole(analysed):
