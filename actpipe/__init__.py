@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from actpipe.errors import ActpipeError as ActpipeError
     from actpipe.feed.loader import ActivationLoader as ActivationLoader
+    from actpipe.interchange.exporting import export_run as export_run
+    from actpipe.interchange.importing import import_run as import_run
     from actpipe.jobs.residual import decompose_resid as decompose_resid
     from actpipe.live import LiveActivationLoader as LiveActivationLoader
     from actpipe.models.checkpoint import open_weights as open_weights
@@ -27,6 +29,8 @@ _PUBLIC = {
     "HookedModel": "actpipe.models.hooked_model",
     "LiveActivationLoader": "actpipe.live",
     "decompose_resid": "actpipe.jobs.residual",
+    "export_run": "actpipe.interchange.exporting",
+    "import_run": "actpipe.interchange.importing",
     "open_results": "actpipe.opening",
     "open_store": "actpipe.opening",
     "open_weights": "actpipe.models.checkpoint",
@@ -40,6 +44,8 @@ __all__ = [
     "LiveActivationLoader",
     "__version__",
     "decompose_resid",
+    "export_run",
+    "import_run",
     "open_results",
     "open_store",
     "open_weights",

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 HEAVY = {
     "transformers": {"actpipe/models"},
-    "datasets": {"actpipe/text"},
+    "datasets": {"actpipe/text", "actpipe/interchange"},
     "tokenizers": {"actpipe/text"},
     "zarr": {"actpipe/stores"},
     "dask": {"actpipe/jobs", "actpipe/stores"},
@@ -25,15 +25,16 @@ HEAVY = {
 # Folder -> what of actpipe it must not import. Plain modules (errors, records, planning ...) are free for all.
 FORBIDDEN = {
     "schemas": {"actpipe"},
-    "actpipe/hooks": {"models", "stores", "text", "jobs", "extraction", "report", "stages", "telemetry", "stage"},
-    "actpipe/compute": {"models", "stores", "text", "jobs", "extraction", "report", "stages", "telemetry", "stage"},
-    "actpipe/models": {"stores", "text", "jobs", "extraction", "report", "stages", "stage", "running"},
-    "actpipe/stores": {"models", "text", "jobs", "extraction", "report", "stages", "stage", "running"},
-    "actpipe/text": {"models", "stores", "jobs", "extraction", "report", "stages", "stage", "running"},
-    "actpipe/feed": {"models", "text", "jobs", "extraction", "report", "stages", "stage", "running"},
-    "actpipe/jobs": {"models", "text", "extraction", "report", "stages", "stage", "running"},
-    "actpipe/extraction": {"jobs", "report", "stages", "stage", "running"},
-    "actpipe/report": {"models", "text", "jobs", "extraction", "stages", "stage", "running"},
+    "actpipe/hooks": {"models", "stores", "text", "jobs", "interchange", "extraction", "report", "stages", "telemetry", "stage"},
+    "actpipe/compute": {"models", "stores", "text", "jobs", "interchange", "extraction", "report", "stages", "telemetry", "stage"},
+    "actpipe/models": {"stores", "text", "jobs", "interchange", "extraction", "report", "stages", "stage", "running"},
+    "actpipe/stores": {"models", "text", "jobs", "interchange", "extraction", "report", "stages", "stage", "running"},
+    "actpipe/text": {"models", "stores", "jobs", "interchange", "extraction", "report", "stages", "stage", "running"},
+    "actpipe/feed": {"models", "text", "jobs", "interchange", "extraction", "report", "stages", "stage", "running"},
+    "actpipe/jobs": {"models", "text", "interchange", "extraction", "report", "stages", "stage", "running"},
+    "actpipe/interchange": {"models", "text", "jobs", "extraction", "report", "stages", "stage", "running"},
+    "actpipe/extraction": {"interchange", "jobs", "report", "stages", "stage", "running"},
+    "actpipe/report": {"models", "text", "jobs", "interchange", "extraction", "stages", "stage", "running"},
     "stages": {"stages", "running", "cli"},
     "workflows": {"actpipe"},
 }
@@ -154,4 +155,6 @@ def test_the_command_line_has_these_flags_and_no_others():
         "verify": ["--deep", "--recipe", "--seed", "--sequences"],
         "repair": ["--recipe"],
         "clean": ["--dry-run"],
+        "export": ["--bfloat16", "--corpus", "--format", "--hook"],
+        "import": ["--format", "--out"],
     }
