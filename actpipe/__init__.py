@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from actpipe.errors import ActpipeError as ActpipeError
     from actpipe.feed.loader import ActivationLoader as ActivationLoader
+    from actpipe.interchange.exporting import export_run as export_run
+    from actpipe.interchange.importing import import_run as import_run
+    from actpipe.jobs.residual import decompose_resid as decompose_resid
     from actpipe.jobs.stacks import accumulated_bias as accumulated_bias
     from actpipe.jobs.stacks import accumulated_resid as accumulated_resid
     from actpipe.jobs.stacks import apply_ln_to_stack as apply_ln_to_stack
@@ -39,6 +42,9 @@ _PUBLIC = {
     "get_full_resid_decomposition": "actpipe.jobs.stacks",
     "stack_head_results": "actpipe.jobs.stacks",
     "stack_neuron_results": "actpipe.jobs.stacks",
+    "decompose_resid": "actpipe.jobs.residual",
+    "export_run": "actpipe.interchange.exporting",
+    "import_run": "actpipe.interchange.importing",
     "open_results": "actpipe.opening",
     "open_store": "actpipe.opening",
     "open_weights": "actpipe.models.checkpoint",
@@ -55,7 +61,9 @@ __all__ = [
     "accumulated_resid",
     "apply_ln_to_stack",
     "decompose_resid",
+    "export_run",
     "get_full_resid_decomposition",
+    "import_run",
     "open_results",
     "open_store",
     "open_weights",

@@ -183,6 +183,46 @@ def clean(
         console.print(f"{'would remove' if dry_run else 'removed'} {escape(path)} ({size})", highlight=False)
 
 
+Format = Annotated[str, typer.Option("--format", help="sae_lens, safetensors, datasets or npy.", show_default=False)]
+
+
+@app.command()
+def export(
+    run: Run,
+    out: Annotated[Path, typer.Argument(help="Folder to write; new or empty.", show_default=False)],
+    format_: Format,
+    hook: Annotated[list[str] | None, typer.Option(help="Only this array; may be repeated.")] = None,
+    corpus: Annotated[str, typer.Option(help="Which corpus of the run.")] = "main",
+    bfloat16: Annotated[
+        str, typer.Option(help="npy has no bfloat16: float32 widens, bits keeps as uint16.")
+    ] = "float32",
+) -> None:
+    """Write a finished store in a format that others read.
+
+    Example: `actpipe export runs/gpt2 exported --format sae_lens --hook blocks.6.hook_resid_post`
+    """
+    from actpipe.interchange.exporting import export_run
+
+    export_run(run, out, format=format_, hooks=hook or (), corpus=corpus, bfloat16=bfloat16)
+    new_console().print(f"exported to {escape(str(out))}", highlight=False, soft_wrap=True)
+
+
+@app.command("import")
+def import_(
+    source: Annotated[Path, typer.Argument(help="Folder, or one file of safetensors or npy.", show_default=False)],
+    format_: Format,
+    out: Annotated[Path, typer.Option("--out", help="Run folder to make; new or empty.", show_default=False)],
+) -> None:
+    """Make a run folder of activations that others have stored, or that were exported.
+
+    Example: `actpipe import exported --format sae_lens --out runs/imported`
+    """
+    from actpipe.interchange.importing import import_run
+
+    import_run(source, out, format=format_)
+    new_console().print(f"run folder: {escape(str(out))}", highlight=False, soft_wrap=True)
+
+
 def _print_problems(console: Console, label: str, problems: Iterable[str]) -> None:
     for problem in problems:
         console.print(f"[red]{label}[/] {escape(problem)}", highlight=False, soft_wrap=True)

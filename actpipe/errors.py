@@ -45,6 +45,10 @@ class IncompleteStoreError(ActpipeError, RuntimeError):
     """A store lacks parts, or an array, that the operation needs."""
 
 
+class InterchangeError(ActpipeError, ValueError):
+    """What should be exported or imported cannot be, in the format that was asked for."""
+
+
 class StorageError(ActpipeError, OSError):
     """The disk is full, read-only or out of reach; what is committed stays valid."""
 

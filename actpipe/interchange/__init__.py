@@ -1,0 +1,1 @@
+"""Stores to and from the formats that others read: SAELens, safetensors, Hugging Face datasets, `.npy`."""
