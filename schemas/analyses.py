@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from actpipe.schemas.base import AnalysisConfig, NonEmpty
+from actpipe.schemas.eval_analyses import CompareRunsConfig
 from pydantic import Field, PositiveInt
 
 
@@ -59,5 +60,6 @@ ANALYSES: tuple[type[AnalysisConfig], ...] = (
     DecomposeResidualConfig,
     AttributeLogitsConfig,
     ScoreHeadsConfig,
+    CompareRunsConfig,
 )
 """All of them."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
 
 from actpipe.records import Finding
@@ -46,9 +47,9 @@ def _by_label(one: object, name: str, metric: str) -> Plot:
     )
 
 
-def _whiskers(names: list[str], values: np.ndarray, errors: np.ndarray | dict[str, np.ndarray]) -> go.Figure:
+def _whiskers(names: list[str], values: np.ndarray, errors: np.ndarray | dict[str, object]) -> go.Figure:
     """Draw points with whiskers, the first on top."""
-    arrays = errors if isinstance(errors, dict) else {"array": errors}
+    arrays: dict[str, object] = errors if isinstance(errors, dict) else {"array": errors}
     figure = go.Figure(
         go.Scatter(
             y=names,
@@ -97,5 +98,32 @@ def _tokens(one: object, metric: str) -> Finding:
     return Finding(title, ("id", "token", "count", "mean", "standard error"), rows)
 
 
-EVAL_MAKERS: dict[str, Callable[[Result], Iterator[Plot | Finding]]] = {}
+def _comparison(result: Result) -> Iterator[Plot | Finding]:
+    table, settings = result.table, result.record.settings
+    share = f"{float(str(settings['confidence'])):.0%}"
+    metrics = table[table["kind"] == "metric"]
+    drawn = f"whiskers: {share} interval by drawing whole {settings['cluster']}s {settings['n_resamples']} times"
+    against = result.dataset.attrs["against"]
+    if len(metrics):
+        figure = _whiskers(metrics["name"].tolist(), metrics["estimate"].to_numpy(), _reach(metrics))
+        figure.add_vline(x=0, line={"color": GREY, "dash": "dot"})
+        figure.update_xaxes(title="this minus the other")
+        title = f"Paired differences of metrics: {result.record.name}"
+        yield Plot(title, f"Against {against}; mean over tokens, {drawn}.", styled(figure, 150 + 34 * len(metrics)))
+    for statistic, title in (("relative_error", "Relative error"), ("cosine", "Cosine")):
+        hooks = table[table["statistic"] == statistic]
+        if len(hooks):
+            figure = _whiskers(hooks["name"].tolist(), hooks["estimate"].to_numpy(), _reach(hooks))
+            figure.update_xaxes(title=title.lower())
+            caption = f"Each token's activation against that of {against}; mean over tokens, {drawn}."
+            yield Plot(f"{title} by hook: {result.record.name}", caption, styled(figure, 150 + 22 * len(hooks)))
+
+
+def _reach(table: pd.DataFrame) -> dict[str, object]:
+    """Return whiskers from the bootstrap's interval."""
+    above, below = table["high"] - table["estimate"], table["estimate"] - table["low"]
+    return {"array": above.to_numpy(), "arrayminus": below.to_numpy(), "symmetric": False}
+
+
+EVAL_MAKERS: dict[str, Callable[[Result], Iterator[Plot | Finding]]] = {"comparison": _comparison}
 """By kind of result."""
