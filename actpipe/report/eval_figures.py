@@ -125,5 +125,42 @@ def _reach(table: pd.DataFrame) -> dict[str, object]:
     return {"array": above.to_numpy(), "arrayminus": below.to_numpy(), "symmetric": False}
 
 
-EVAL_MAKERS: dict[str, Callable[[Result], Iterator[Plot | Finding]]] = {"comparison": _comparison}
+def _evaluation(result: Result) -> Iterator[Plot | Finding]:
+    data, table = result.dataset, result.table
+    if "induction_loss" in data:
+        loss = data["induction_loss"].values
+        mean, copy = loss.mean(0), (loss.shape[1] + 1) // 2
+        figure = go.Figure(go.Scatter(x=np.arange(1, len(mean) + 1), y=mean, line={"color": BLUE, "width": 2}))
+        figure.add_vline(x=copy, line={"color": GREY, "dash": "dot"})
+        figure.update_xaxes(title="position of the predicted token")
+        figure.update_yaxes(title="nats", rangemode="tozero")
+        whole = table[(table["task"] == "induction") & (table["measure"] == "loss")]["mean"].iloc[0]
+        caption = f"Mean over {len(loss)} sequences; dotted: where the second copy begins. Its mean: {whole:.3f}."
+        yield Plot("Loss on random tokens repeated", caption, styled(figure, 340))
+    names = table[(table["task"] == "ioi") & (table["n"] > 0)]
+    if len(names):
+        yield _by_template(names)
+
+
+def _by_template(names: pd.DataFrame) -> Finding:
+    wide = {measure: rows.set_index("group") for measure, rows in names.groupby("measure")}
+    difference, right = wide["logit_difference"], wide["accuracy"]["mean"].tolist()
+    rows = tuple(
+        (
+            str(group),
+            f"{row['n']:,}",
+            f"{row['mean']:.3f}",
+            f"{row['standard_error']:.3f}",
+            f"{accuracy:.1%}",
+        )
+        for (group, row), accuracy in zip(difference.iterrows(), right, strict=True)
+    )
+    columns = ("template", "prompts", "logit difference", "standard error", "right")
+    return Finding("Indirect object identification", columns, rows)
+
+
+EVAL_MAKERS: dict[str, Callable[[Result], Iterator[Plot | Finding]]] = {
+    "comparison": _comparison,
+    "evaluation": _evaluation,
+}
 """By kind of result."""
