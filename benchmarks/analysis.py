@@ -6,10 +6,10 @@
 Every comparison is interleaved in one process, the first round warms up, and what is printed are medians of the
 rounds with quartiles. Files are in the page cache.
 
-moments: mean, and mean with covariance, of a stored layer in blocks under Dask, against numpy reading the same
-    bytes from memory maps (every byte is copied into a buffer once).
+moments: mean, and covariance, of a stored layer in blocks under Dask, against numpy reading the same bytes from
+    memory maps (every byte is copied into a buffer once); the covariance against its matrix products too.
 attribution: the logits of next tokens attributed to every component and head, reading included, against torch
-    doing the same contractions on tensors that are in memory already.
+    doing the same contractions, or their matrix products alone, on tensors that are in memory already.
 memory: peak memory of a process of its own beyond what it had before, by `block_bytes`, one worker; pages of the
     mapped store, which the system takes back at will, are not counted.
 scaling: covariance of half of the rows and of all, on 1 and on 2 workers.
@@ -37,7 +37,7 @@ from extract import make_corpus, make_recipe, quiet
 from subjects import D_MODEL, LAYERS, SCRATCH, make_model, spread
 
 HOOK = "blocks.0.hook_resid_post"
-BLOCK_BYTES = 16 * 2**20
+BLOCK_BYTES, TILE_ROWS = 64 * 2**20, 1024
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,11 @@ class Sums:
 
 
 def sums_of(block: Any, *, products: bool) -> Sums:
-    rows = torch.from_numpy(block.read(HOOK))
-    total = torch.ones(1, len(rows)) @ rows
-    gram = (rows.T @ rows).double().numpy() if products else None
-    return Sums(len(rows), total[0].double().numpy(), gram)
+    rows = block.read(HOOK)
+    tiles = [rows[start : start + TILE_ROWS].sum(0) for start in range(0, len(rows), TILE_ROWS)]
+    total = np.sum(tiles, axis=0, dtype=np.float64)  # float32 within a tile, float64 between them
+    wide = torch.from_numpy(rows)
+    return Sums(len(rows), total, (wide.T @ wide).double().numpy() if products else None)
 
 
 def moments(store: Any, *, products: bool, share: float = 1.0) -> Sums:
@@ -93,28 +94,31 @@ def ratio(one: list[float], other: list[float]) -> str:
     return spread([a / b for a, b in zip(one, other, strict=True)])
 
 
-def make_store(folder: Path, hooks: list[str], n_tokens: int, metrics: list[str] | None = None) -> Any:
+def make_store(folder: Path, hooks: list[str], n_tokens: int) -> Any:
     import actpipe
 
-    model, corpus = make_model(folder / "model"), make_corpus(folder, 4)
+    model, corpus = make_model(folder / "model"), make_corpus(folder, -(-n_tokens // 300_000))
     recipe = make_recipe(model, corpus, hooks, n_tokens)
-    recipe["stages"][1] |= {"dtype": "float32", "rows_per_part": 8192, "metrics": metrics or []}
+    recipe["stages"][1] |= {"dtype": "float32", "rows_per_part": 16_384}
     actpipe.run_recipe(recipe, out=folder / "run", telemetry=quiet())
     return actpipe.open_store(folder / "run")
 
 
 def measure_moments(rounds: int, scratch: Path) -> None:
-    store = make_store(scratch, [HOOK], 65_536)
+    store = make_store(scratch, [HOOK], 262_144)
+    rows = torch.from_numpy(store.array(HOOK).read(0, 8192).copy())
     size = store.n_rows * D_MODEL * 4 / 1e6
     sides = {
         "read": lambda: read_maps(store),
         "mean": lambda: moments(store, products=False),
         "covariance": lambda: moments(store, products=True),
+        "products": lambda: [rows.T @ rows for _ in range(store.n_rows // len(rows))],
     }
     taken = timed(sides, rounds)
     print(f"moments: {size:,.0f} MB of float32, read at {size / statistics.median(taken['read']):,.0f} MB/s")
-    for side in ("mean", "covariance"):
-        print(f"{side:12} {ratio(taken['read'], taken[side])} of the speed of reading", flush=True)
+    print(f"mean         {ratio(taken['read'], taken['mean'])} of the speed of reading")
+    print(f"covariance   {ratio(taken['read'], taken['covariance'])} of the speed of reading", flush=True)
+    print(f"covariance   {ratio(taken['products'], taken['covariance'])} of the speed of torch's products in memory")
 
 
 ATTRIBUTED = ["hook_embed", "hook_pos_embed", "blocks.*.hook_attn_out", "blocks.*.hook_mlp_out"]
@@ -158,7 +162,15 @@ def measure_attribution(rounds: int, scratch: Path) -> None:
         for values in written:
             torch.einsum("rd,rd->r", values, directions)
 
-    sides = {"torch": contract, "actpipe": lambda: attribute_store(store, weights, block_bytes=256 * 2**20)}
+    def multiply() -> None:
+        for matrix in W_O:
+            _ = directions @ matrix
+
+    sides = {
+        "products": multiply,
+        "torch": contract,
+        "actpipe": lambda: attribute_store(store, weights, block_bytes=256 * 2**20),
+    }
     sides["small blocks"] = lambda: attribute_store(store, weights, block_bytes=32 * 2**20)
     taken = timed(sides, rounds)
     n_heads = LAYERS * store.shape.n_heads
@@ -166,6 +178,7 @@ def measure_attribution(rounds: int, scratch: Path) -> None:
     print(f"torch on tensors in memory: {statistics.median(taken['torch']):.2f} s")
     for side in ("actpipe", "small blocks"):
         print(f"{side:12} {ratio(taken['torch'], taken[side])} of the speed of torch", flush=True)
+        print(f"{side:12} {ratio(taken['products'], taken[side])} of that of its matrix products alone", flush=True)
 
 
 def anonymous_bytes() -> int:
@@ -196,17 +209,17 @@ def print_peak(scratch: Path, block_bytes: int) -> None:
     print(peak - before)
 
 
-def measure_memory(rounds: int, scratch: Path) -> None:
+def measure_memory(_rounds: int, scratch: Path) -> None:
     store = make_store(scratch, ATTRIBUTED, 16_384)
-    print(f"memory: attribution of {store.n_rows:,} rows, one worker, largest of {rounds} processes")
+    print(f"memory: attribution of {store.n_rows:,} rows, one worker, largest of 3 processes")
     for mebibytes in (32, 128, 512):
         command = [sys.executable, __file__, "peak", "--store", scratch, "--block-bytes", str(mebibytes * 2**20)]
-        peaks = [int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) for _ in range(rounds)]
+        peaks = [int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) for _ in range(3)]
         print(f"block_bytes {mebibytes:4} MiB: peak {max(peaks) / 2**20:6.0f} MiB", flush=True)
 
 
 def measure_scaling(rounds: int, scratch: Path) -> None:
-    store = make_store(scratch, [HOOK], 65_536)
+    store = make_store(scratch, [HOOK], 262_144)
     for workers in (1, 2):
         torch.set_num_threads(1)
         with dask.config.set(scheduler="threads", num_workers=workers):

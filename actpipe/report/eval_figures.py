@@ -13,7 +13,7 @@ from actpipe.report.drawing import BLUE, GREY, Plot, styled
 from actpipe.stores.results import Result
 
 _SHOWN = 30
-_EXCERPT = 240
+_EXCERPT = 160
 """Characters of a document that the page shows."""
 
 
