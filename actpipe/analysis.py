@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from actpipe.errors import RecipeError
 from actpipe.schemas.base import AnalysisConfig
@@ -23,15 +23,25 @@ def result_name(config: AnalysisConfig) -> str:
     return config.name or config.stage
 
 
-def run_analysis(context: RunContext, config: AnalysisConfig, kind: str, compute: Compute) -> Result:
-    """Return a stage's result: the one that is there if its settings are the same, else a new one."""
+def run_analysis(
+    context: RunContext, config: AnalysisConfig, kind: str, compute: Compute, more: Mapping[str, object] | None = None
+) -> Result:
+    """Return a stage's result: the one that is there if its settings are the same, else a new one.
+
+    Args:
+        context: The run.
+        config: The settings.
+        kind: What the numbers are.
+        compute: Makes the result from the store.
+        more: What else decides the numbers, such as another store; kept with the settings.
+    """
     folder = context.corpus(config)
     store = ActivationStore(folder)
     wanted = ResultRecord(
         name=result_name(config),
         kind=kind,
         corpus=config.corpus,
-        settings=config.model_dump(mode="json", exclude=_NOT_THE_NUMBERS),
+        settings=config.model_dump(mode="json", exclude=_NOT_THE_NUMBERS) | dict(more or {}),
         model_fingerprint=store.manifest.model.fingerprint,
     )
     found = current_result(folder, wanted)

@@ -20,6 +20,7 @@ from actpipe.models.loading import ModelSource
 from actpipe.recipes import RecipeText, check_recipe, read_recipe_text, with_overrides
 from actpipe.records import Finding
 from actpipe.schemas.base import AnalysisConfig, StageConfig
+from actpipe.schemas.eval_analyses import EvaluateModelConfig
 from actpipe.schemas.manifest import ModelIdentity, RunRecord
 from actpipe.schemas.recipe import (
     ExtractActivationsConfig,
@@ -199,7 +200,7 @@ def check_names(stages: Sequence[StageConfig]) -> None:
     """
     seen: dict[tuple[str, str], int] = {}
     for position, config in enumerate(stages):
-        if not isinstance(config, AnalysisConfig | ReduceActivationsConfig):
+        if not isinstance(config, AnalysisConfig | ReduceActivationsConfig | EvaluateModelConfig):
             continue
         key = (config.corpus, config.name or config.stage)
         if key in seen:

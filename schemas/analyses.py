@@ -5,14 +5,21 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from actpipe.schemas.base import AnalysisConfig, NonEmpty
+from actpipe.schemas.eval_analyses import CompareRunsConfig
 from actpipe.schemas.lens_analyses import LogitLensConfig
-from pydantic import Field
+from pydantic import Field, PositiveInt
 
 
 class SummarizeMetricsConfig(AnalysisConfig):
-    """Settings of the stage `summarize_metrics`: stored metrics, such as the loss, by position."""
+    """Settings of the stage `summarize_metrics`: stored metrics, such as the loss, by position and by other groups."""
 
     stage: Literal["summarize_metrics"] = "summarize_metrics"
+    by: tuple[Literal["position", "document", "token"], ...] = ("position",)
+    """What to group tokens by: their position in the sequence, their document, their own id."""
+    columns: tuple[NonEmpty, ...] = ()
+    """Columns of documents.parquet to group by too, such as a language or a source."""
+    examples: PositiveInt = 10
+    """How many of the worst and of the best documents to list, where `by` has `document`."""
 
 
 class DecomposeResidualConfig(AnalysisConfig):
@@ -62,5 +69,6 @@ ANALYSES: tuple[type[AnalysisConfig], ...] = (
     AttributeLogitsConfig,
     ScoreHeadsConfig,
     LogitLensConfig,
+    CompareRunsConfig,
 )
 """All of them."""

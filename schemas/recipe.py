@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self, Union
 from actpipe.schemas.analyses import ANALYSES
 from actpipe.schemas.base import Contract, Dtype, Name, NonEmpty, StageConfig
 from actpipe.schemas.choosing import DeriveConfig, KeepConfig
+from actpipe.schemas.eval_analyses import EvaluateModelConfig
 from actpipe.schemas.reducing import ReduceActivationsConfig
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
@@ -271,6 +272,7 @@ BUILT_IN_STAGES: tuple[type[StageConfig], ...] = (
     ExtractActivationsConfig,
     ReduceActivationsConfig,
     *ANALYSES,
+    EvaluateModelConfig,
     WriteReportConfig,
 )
 

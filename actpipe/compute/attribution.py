@@ -71,7 +71,7 @@ def attribute_components(
     """
     if not (scale > 0).all():
         raise ValueError("scale must be above zero in every row")
-    return np.stack([(component * directions).sum(-1) for component in components], axis=-1) / scale[:, None]
+    return np.einsum("crd,rd->rc", components, directions) / scale[:, None]
 
 
 def attribute_heads(
@@ -92,7 +92,7 @@ def attribute_heads(
         Logits (nats). With `b_O`'s own share they add up to that of the layer's `attn_out`.
     """
     seen = directions @ W_O.reshape(-1, W_O.shape[-1]).T
-    return (z * seen.reshape(z.shape)).sum(-1) / scale[:, None]
+    return np.einsum("rhd,rhd->rh", z, seen.reshape(z.shape)) / scale[:, None]
 
 
 def next_tokens(

@@ -41,6 +41,12 @@ class GroupSums:
         with np.errstate(invalid="ignore", divide="ignore"):
             return np.sqrt(np.maximum(self.squares / self.count - self.mean**2, 0.0))
 
+    @property
+    def standard_error(self) -> Float[np.ndarray, "group column"]:
+        """Standard error of each mean, rows taken as independent; NaN where fewer than two are there."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.where(self.count > 1, self.std / np.sqrt(self.count - 1), np.nan)
+
     def over_all(self) -> GroupSums:
         """Put all groups together into one."""
         return GroupSums(*(part.sum(0, keepdims=True) for part in (self.count, self.total, self.squares)))
@@ -69,3 +75,35 @@ def sum_by_group(
         return np.stack(sums, axis=-1).astype(np.float64) if sums else np.zeros((n_groups, 0))
 
     return GroupSums(summed(there.astype(np.float64)), summed(wide), summed(wide**2))
+
+
+@dataclass(frozen=True)
+class RangeSums:
+    """Sums of consecutive groups from `start` on; they add up, and take the room of the groups between them only."""
+
+    start: int
+    sums: GroupSums
+
+    def __add__(self, other: RangeSums) -> RangeSums:
+        if not len(self.sums.count) or not len(other.sums.count):
+            return self if len(self.sums.count) else other
+        start = min(self.start, other.start)
+        stop = max(one.start + len(one.sums.count) for one in (self, other))
+        mine, theirs = self.over(start, stop), other.over(start, stop)
+        return RangeSums(start, mine + theirs)
+
+    def over(self, start: int, stop: int) -> GroupSums:
+        """Return the sums of the groups `[start, stop)`, which these lie in."""
+        around = ((self.start - start, stop - self.start - len(self.sums.count)), (0, 0))
+        return GroupSums(*(np.pad(part, around) for part in (self.sums.count, self.sums.total, self.sums.squares)))
+
+
+def sum_by_range(values: Float[np.ndarray, "row column"], group: Int[np.ndarray, " row"]) -> RangeSums:
+    """Sum columns by group where neighbouring rows have neighbouring groups, leaving NaN out.
+
+    Args:
+        values: One row per token.
+        group: Number of each row's group.
+    """
+    start = int(group.min(initial=np.iinfo(np.int64).max)) if len(group) else 0
+    return RangeSums(start, sum_by_group(values, group - start))

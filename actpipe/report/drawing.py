@@ -81,7 +81,9 @@ def heat_map(values: np.ndarray, unit: str, *, diverging: bool) -> go.Figure:
             ygap=1,
         )
     )
-    figure.update_xaxes(title="head", dtick=1 if n_heads <= 40 else None, showline=False, ticks="")
+    figure.update_xaxes(
+        title="head", dtick=1 if n_heads <= 16 else 4 if n_heads <= 40 else None, showline=False, ticks=""
+    )
     figure.update_yaxes(title="layer", autorange="reversed", dtick=1 if n_layers <= 40 else None, ticks="")
     return styled(figure, 150 + max(6, min(34, 700 // n_layers)) * n_layers)
 

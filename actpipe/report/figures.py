@@ -10,6 +10,7 @@ import plotly.graph_objects as go
 from actpipe.records import Finding
 from actpipe.report import lens_figures
 from actpipe.report.drawing import BLUE, GREY, Plot, bars, heat_map, layer_by_head, styled
+from actpipe.report.eval_figures import EVAL_MAKERS, metric_groups
 from actpipe.stores.results import Result
 
 _METRICS = {
@@ -19,7 +20,7 @@ _METRICS = {
 }
 
 
-def _metrics(result: Result) -> Iterator[Plot]:
+def _metrics(result: Result) -> Iterator[Plot | Finding]:
     data = result.dataset
     for metric, (title, unit) in _METRICS.items():
         if metric not in data["metric"].values:
@@ -47,6 +48,7 @@ def _metrics(result: Result) -> Iterator[Plot]:
             f"Mean over all tokens at a position, with its 95 % interval. Dotted: over all positions, {overall:.3f}."
         )
         yield Plot(title, caption, styled(figure, 340))
+    yield from metric_groups(result)
 
 
 def _residual(result: Result) -> Iterator[Plot]:
@@ -135,6 +137,7 @@ MAKERS: dict[str, Callable[[Result], Iterator[Shown]]] = {
     "residual": _residual,
     "reduction": _reduction,
     **lens_figures.MAKERS,
+    **EVAL_MAKERS,
 }
 """By kind of result, in the order of the page."""
 
