@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from actpipe.compute.factored import FactoredMatrix as FactoredMatrix
     from actpipe.errors import ActpipeError as ActpipeError
     from actpipe.feed.loader import ActivationLoader as ActivationLoader
     from actpipe.jobs.residual import decompose_resid as decompose_resid
@@ -24,6 +25,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "ActivationLoader": "actpipe.feed.loader",
     "ActpipeError": "actpipe.errors",
+    "FactoredMatrix": "actpipe.compute.factored",
     "HookedModel": "actpipe.models.hooked_model",
     "LiveActivationLoader": "actpipe.live",
     "decompose_resid": "actpipe.jobs.residual",
@@ -36,6 +38,7 @@ _PUBLIC = {
 __all__ = [
     "ActivationLoader",
     "ActpipeError",
+    "FactoredMatrix",
     "HookedModel",
     "LiveActivationLoader",
     "__version__",
