@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from actpipe.compute.factored import FactoredMatrix as FactoredMatrix
     from actpipe.errors import ActpipeError as ActpipeError
     from actpipe.feed.loader import ActivationLoader as ActivationLoader
     from actpipe.interchange.exporting import export_run as export_run
@@ -33,6 +34,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "ActivationLoader": "actpipe.feed.loader",
     "ActpipeError": "actpipe.errors",
+    "FactoredMatrix": "actpipe.compute.factored",
     "HookedModel": "actpipe.models.hooked_model",
     "LiveActivationLoader": "actpipe.live",
     "accumulated_bias": "actpipe.jobs.stacks",
@@ -54,6 +56,7 @@ _PUBLIC = {
 __all__ = [
     "ActivationLoader",
     "ActpipeError",
+    "FactoredMatrix",
     "HookedModel",
     "LiveActivationLoader",
     "__version__",

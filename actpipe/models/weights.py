@@ -13,6 +13,7 @@ import torch
 from einops import rearrange
 from torch import nn
 
+from actpipe.compute.factored import FactoredMatrix
 from actpipe.errors import UnknownHookError, did_you_mean
 from actpipe.models.anatomy import Anatomy, linear_sizes, matrix
 from actpipe.models.encoder_weights import outside_blocks
@@ -262,6 +263,16 @@ class Weights:
     def W_O(self) -> torch.Tensor:
         """Output weights, `(n_layers, n_heads, d_head, d_model)`."""
         return self._stack("attn.W_O")
+
+    @property
+    def QK(self) -> FactoredMatrix:
+        """`W_Q @ W_K.T` of every head, `(n_layers, n_heads, d_model, d_model)`, kept as its factors."""
+        return FactoredMatrix(self.W_Q, self.W_K.mT)
+
+    @property
+    def OV(self) -> FactoredMatrix:
+        """`W_V @ W_O` of every head, `(n_layers, n_heads, d_model, d_model)`, kept as its factors."""
+        return FactoredMatrix(self.W_V, self.W_O)
 
     @property
     def b_Q(self) -> torch.Tensor:
