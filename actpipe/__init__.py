@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from actpipe.feed.loader import ActivationLoader as ActivationLoader
     from actpipe.interchange.exporting import export_run as export_run
     from actpipe.interchange.importing import import_run as import_run
-    from actpipe.jobs.residual import decompose_resid as decompose_resid
     from actpipe.jobs.stacks import accumulated_bias as accumulated_bias
     from actpipe.jobs.stacks import accumulated_resid as accumulated_resid
     from actpipe.jobs.stacks import apply_ln_to_stack as apply_ln_to_stack
@@ -44,7 +43,6 @@ _PUBLIC = {
     "get_full_resid_decomposition": "actpipe.jobs.stacks",
     "stack_head_results": "actpipe.jobs.stacks",
     "stack_neuron_results": "actpipe.jobs.stacks",
-    "decompose_resid": "actpipe.jobs.residual",
     "export_run": "actpipe.interchange.exporting",
     "import_run": "actpipe.interchange.importing",
     "open_results": "actpipe.opening",

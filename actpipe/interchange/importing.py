@@ -58,10 +58,7 @@ def import_run(
         raise InterchangeError(f"{source} holds no rows")
     with made_aside(out) as folder:
         run = RunFolder(folder)
-        if sidecar is None:
-            manifest = _prepare_foreign(run, reader, source)
-        else:
-            manifest = _prepare_export(run, reader, *sidecar)
+        manifest = _prepare_foreign(run, reader, source) if sidecar is None else _prepare_export(run, reader, *sidecar)
         _fill(run, reader, manifest, telemetry or Telemetry())
         shutil.rmtree(run.partial, ignore_errors=True)
     return out

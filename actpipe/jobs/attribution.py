@@ -187,9 +187,6 @@ def _attribute_block(
 ) -> Floats:
     directions, constants = _directions(weights.unembedding, tokens, minus)
     scale = block.read(SCALE)[:, 0]
-    written = np.stack([block.read(component.hook) for component in components])
-    columns = [attribute_components(written, directions, scale), constants[:, None]]
-    constants = weights.unembedding.constants[np.maximum(targets, 0)]
     columns = [attribute_components(block.read(component.hook)[None], directions, scale) for component in components]
     columns.append(constants[:, None])
     if weights.W_O is not None and weights.b_O is not None:
