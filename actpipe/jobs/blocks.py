@@ -16,6 +16,8 @@ from actpipe.stores.dtypes import as_float32
 from actpipe.stores.reading import ActivationStore
 
 _FAN_IN = 16
+_WORTH_A_BLOCK = 16 * 2**20
+"""Bytes of a block from which on what Dask adds to it does not count."""
 
 
 class Summable(Protocol):
@@ -69,11 +71,20 @@ def require_arrays(store: ActivationStore, names: Iterable[str], what: str) -> N
 
 
 def even_blocks(store: ActivationStore, names: Sequence[str], block_bytes: int) -> list[RowBlock]:
-    """Cut a store into blocks whose arrays `names` take at most `block_bytes` in float32."""
+    """Cut a store into blocks whose arrays `names` take at most `block_bytes` in float32.
+
+    Where a part makes a block worth its while, none reaches over a part's end: it is then read without a copy.
+    """
     arrays = {name: store.array(name) for name in names}
     row_bytes = sum(4 * int(np.prod(array.manifest.row_shape, dtype=np.int64)) for array in arrays.values())
     size = max(1, block_bytes // max(1, row_bytes))
-    return [RowBlock(start, min(store.n_rows, start + size), arrays) for start in range(0, store.n_rows, size)]
+    part = store.manifest.rows_per_part
+    span = part if size < part or part * row_bytes >= _WORTH_A_BLOCK else store.n_rows
+    return [
+        RowBlock(start, min(store.n_rows, first + span, start + size), arrays)
+        for first in range(0, store.n_rows, max(1, span))
+        for start in range(first, min(store.n_rows, first + span), size)
+    ]
 
 
 def map_and_sum(function: Callable[[BlockT], SumT], blocks: Iterable[BlockT], done: Done = lambda _: None) -> SumT:
