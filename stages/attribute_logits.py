@@ -23,9 +23,9 @@ from actpipe.jobs.attribution import (
     Target,
     attribute_store,
     column_labels,
-    groups_of_column,
     needed_arrays,
 )
+from actpipe.jobs.groups import by_column
 from actpipe.jobs.residual import components_of
 from actpipe.models.hooked_model import HookedModel
 from actpipe.records import Finding
@@ -91,7 +91,7 @@ class AttributeLogits:
         options: dict[str, Any] = {}
         values: list[str] = []
         if self.config.by is not None:
-            values, options["groups"] = groups_of_column(store, self.config.by)
+            options["groups"], values = by_column(store, self.config.by)
         if self.config.keep_rows:
             options["keep"] = writer.open_rows(
                 "attribution",

@@ -14,7 +14,8 @@ from actpipe.schemas.recipe import TokenizeTextConfig
 from actpipe.analysis import run_analysis
 from actpipe.compute.grouping import GroupSums
 from actpipe.errors import RecipeError, did_you_mean
-from actpipe.jobs.metrics import Groups, by_column, by_document, by_position, by_token, stored_metrics, sum_metrics
+from actpipe.jobs.groups import Groups, by_column, by_document, by_position, by_token
+from actpipe.jobs.metrics import stored_metrics, sum_metrics
 from actpipe.records import Finding
 from actpipe.stage import RunContext
 from actpipe.stores.reading import ActivationStore

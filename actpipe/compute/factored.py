@@ -33,7 +33,7 @@ class FactoredMatrix:
         if A.ndim < 2 or B.ndim < 2 or A.shape[-1] != B.shape[-2]:
             raise ValueError(f"factors of the shapes {tuple(A.shape)} and {tuple(B.shape)} have no product")
         try:
-            leading = torch.broadcast_shapes(A.shape[:-2], B.shape[:-2])
+            leading = torch.broadcast_shapes(A.shape[:-2], B.shape[:-2])  # type: ignore[no-untyped-call]
         except RuntimeError as error:
             raise ValueError(
                 f"leading dimensions of {tuple(A.shape)} and {tuple(B.shape)} cannot be broadcast"

@@ -13,6 +13,7 @@ from actpipe.compute.attribution import FoldedUnembedding, attribute_components,
 from actpipe.compute.grouping import GroupSums, sum_by_group
 from actpipe.compute.residual import Component, residual_hook
 from actpipe.jobs.blocks import Done, RowBlock, even_blocks, map_and_sum, require_arrays
+from actpipe.jobs.groups import Groups
 from actpipe.jobs.residual import components_of
 from actpipe.stores.reading import ActivationStore
 
@@ -23,7 +24,6 @@ LOGITS_AT_ONCE = 2**23
 """Most logits computed together to find the largest: 32 MiB of float32."""
 
 Floats = npt.NDArray[np.float32]
-Groups = Callable[[RowBlock], npt.NDArray[np.int64]]
 KeepRows = Callable[[int, Floats], None]
 """Takes the first row of a block and its `(row, column)` attributions."""
 
@@ -103,7 +103,7 @@ def attribute_store(
         weights: The unembedding with the final norm folded in, and the heads' output weights.
         block_bytes: Memory of one block, in bytes.
         target: Whose logit.
-        groups: Gives the number of each row's group, -1 for none; sums by group come beside those by position.
+        groups: Gives the number of each row's group; sums by group come beside those by position.
         keep: Called with every block's rows; NaN where a row has no next token.
         done: Called with 1 after each block.
 
@@ -137,8 +137,7 @@ def attribute_store(
         if checked == [MODEL_LOGIT]:
             total = _capped(total, shape.logit_softcap)
         worst = float(np.nanmax(np.abs(total - own_logit(block, tokens)), initial=0.0)) if checked else 0.0
-        number = groups(block)
-        by_group = sum_by_group(rows[number >= 0], number[number >= 0])
+        by_group = sum_by_group(rows, groups(block))
         return AttributionSums(sum_by_group(rows, block.read_integers("tokens/position")), by_group, worst)
 
     tokens = ["tokens/input_ids", "tokens/sequence", "tokens/position"]
@@ -196,18 +195,3 @@ def _attribute_block(
     rows = np.concatenate(columns, axis=-1).astype(np.float32)
     rows[tokens < 0] = np.nan
     return rows
-
-
-def groups_of_column(store: ActivationStore, column: str) -> tuple[list[str], Groups]:
-    """Return the values of a column of documents.parquet as texts, in order, and what numbers a block's rows by them.
-
-    Raises:
-        DatasetError: There is no such column.
-        IncompleteStoreError: The corpus keeps no track of documents.
-    """
-    documents = store.documents
-    known = [None if value is None else str(value) for value in documents.column(column).to_pylist()]
-    values = sorted({value for value in known if value is not None})
-    places = {value: number for number, value in enumerate(values)}
-    numbers = np.array([-1 if value is None else places[value] for value in known], np.int64)
-    return values, lambda block: numbers[documents.of_rows(np.arange(block.start, block.stop))]
