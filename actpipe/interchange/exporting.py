@@ -144,5 +144,3 @@ def _write(store: ActivationStore, plan: _Plan, writer: Any, telemetry: Telemetr
         for start, stop in cut(0, plan.n_rows, row_bytes=row_bytes, multiple_of=plan.multiple_of):
             writer.write({p: to_written(a.read(start, stop), plan.columns[p].dtype) for p, a in arrays.items()})
             meter.advance(stop - start, (stop - start) * row_bytes)
-
-

@@ -118,9 +118,7 @@ def plan_unknown(reader: Reader, d_vocab: int) -> StoreManifest:
         n_rows=reader.n_rows,
         rows_per_part=rows_per_part_for(reader.n_rows, multiple_of=length if reader.context_length else 1),
         context_length=length,
-        model=ModelIdentity(
-            name=UNKNOWN, revision=None, family=UNKNOWN, fingerprint="0" * 64, dtype=floats[0].dtype
-        ),
+        model=ModelIdentity(name=UNKNOWN, revision=None, family=UNKNOWN, fingerprint="0" * 64, dtype=floats[0].dtype),
         shape=_shape(floats, d_vocab, length),
         arrays=tuple(arrays),
     )
