@@ -7,6 +7,7 @@ from pathlib import Path
 
 from actpipe.schemas.base import Contract
 from actpipe.schemas.commit import Commit
+from actpipe.schemas.interchange import ExportRecord
 from actpipe.schemas.manifest import KeptRowsManifest, RunRecord, StoreManifest, TokenTableManifest
 from actpipe.schemas.recipe import Recipe
 from actpipe.schemas.results import ResultRecord
@@ -19,6 +20,7 @@ CONTRACTS: dict[str, type[Contract]] = {
     "store": StoreManifest,
     "commit": Commit,
     "result": ResultRecord,
+    "export": ExportRecord,
 }
 FOLDER = Path(__file__).parent / "v1"
 
