@@ -93,7 +93,7 @@ class ArrowWriter:
         """Close the files and describe them; `identity` settles the dataset's fingerprint."""
         self._close_stream()
         datasets.DatasetInfo(features=self._features).write_to_directory(str(self._folder))
-        state = {
+        state: dict[str, Any] = {
             "_data_files": [{"filename": name} for name in self._files],
             "_fingerprint": hashlib.sha256(identity.encode()).hexdigest()[:16],
             "_format_columns": None,
@@ -112,7 +112,7 @@ def _nest(values: Values, kind: Any) -> Any:
     if len(shape) == 1:
         return pa.FixedSizeListArray.from_arrays(array, shape[0])
     for size in reversed(shape):
-        array = pa.ListArray.from_arrays(np.arange(0, len(array) + 1, size, np.int32), array)
+        array = pa.ListArray.from_arrays(np.arange(0, len(array) + 1, int(size), dtype=np.int32), array)
     return pa.ExtensionArray.from_storage(kind, array) if shape else array
 
 

@@ -58,11 +58,17 @@ class Writer(Protocol):
 class Reader(Protocol):
     """Gives rows of any array."""
 
-    n_rows: int
-    columns: Mapping[str, Column]
-    """By path in a store: `activations/NAME`, `tokens/input_ids`."""
-    context_length: int | None
-    """Length of every sequence, where the format says it."""
+    @property
+    def n_rows(self) -> int:
+        """How many rows there are."""
+
+    @property
+    def columns(self) -> Mapping[str, Column]:
+        """Arrays by path in a store: `activations/NAME`, `tokens/input_ids`."""
+
+    @property
+    def context_length(self) -> int | None:
+        """Length of every sequence, where the format says it."""
 
     def read(self, path: str, start: int, stop: int) -> Values:
         """Return rows `[start, stop)` of an array."""

@@ -112,7 +112,7 @@ def _map(file: Path) -> dict[str, Values]:
     try:
         with file.open("rb") as opened:
             (size,) = struct.unpack("<Q", opened.read(8))
-            header = json.loads(opened.read(size)) if size <= _MOST_HEADER_BYTES else None
+            header: Any = json.loads(opened.read(size)) if size <= _MOST_HEADER_BYTES else None
         tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
         return {path_of(name): _map_tensor(file, 8 + size, entry) for name, entry in tensors.items()}
     except (ValueError, LookupError, TypeError, AttributeError, struct.error) as error:

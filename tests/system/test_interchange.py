@@ -29,12 +29,12 @@ HOOK = "blocks.0.hook_resid_post"
 QUIET = Telemetry(Console(quiet=True))
 
 
-def export(run_folder, out, format, **options):
-    return actpipe.export_run(run_folder, out, format=format, telemetry=QUIET, **options)
+def export(run_folder, out, kind, **options):
+    return actpipe.export_run(run_folder, out, format=kind, telemetry=QUIET, **options)
 
 
-def bring(source, out, format):
-    actpipe.import_run(source, out, format=format, telemetry=QUIET)
+def bring(source, out, kind):
+    actpipe.import_run(source, out, format=kind, telemetry=QUIET)
     assert find_problems(RunFolder(out)) == []
     return actpipe.open_store(out)
 
@@ -51,13 +51,13 @@ def stored(corpus, tmp_path):
     return tmp_path / "run"
 
 
-@pytest.mark.parametrize("format", FORMATS)
-def test_what_comes_back_is_what_went_out_to_the_bit(stored, tmp_path, format, monkeypatch):
+@pytest.mark.parametrize("kind", FORMATS)
+def test_what_comes_back_is_what_went_out_to_the_bit(stored, tmp_path, kind, monkeypatch):
     monkeypatch.setattr(formats, "BLOCK_BYTES", 50_000)
-    export(stored, tmp_path / "out", format)
+    export(stored, tmp_path / "out", kind)
 
-    before, after = actpipe.open_store(stored), bring(tmp_path / "out", tmp_path / "back", format)
-    names = [n for n in before.array_names if format != "sae_lens" or "activations/" in n or n == "tokens/input_ids"]
+    before, after = actpipe.open_store(stored), bring(tmp_path / "out", tmp_path / "back", kind)
+    names = [n for n in before.array_names if kind != "sae_lens" or "activations/" in n or n == "tokens/input_ids"]
     assert set(after.array_names) == set(names)
     for name in names:
         assert values(after, name).dtype == values(before, name).dtype
@@ -145,12 +145,12 @@ def test_a_last_sequence_that_is_shorter_is_left_out_of_the_cache(corpus, tmp_pa
     np.testing.assert_array_equal(values(after, HOOK), values(actpipe.open_store(tmp_path / "run"), HOOK)[:128])
 
 
-@pytest.mark.parametrize("format", FORMATS)
-def test_what_others_wrote_becomes_a_store_of_an_unknown_model(stored, tmp_path, format):
-    out = export(stored, tmp_path / "out", format, hooks=[HOOK])
+@pytest.mark.parametrize("kind", FORMATS)
+def test_what_others_wrote_becomes_a_store_of_an_unknown_model(stored, tmp_path, kind):
+    out = export(stored, tmp_path / "out", kind, hooks=[HOOK])
     shutil.rmtree(out / "actpipe")
 
-    after = bring(out, tmp_path / "back", format)
+    after = bring(out, tmp_path / "back", kind)
     expected = values(actpipe.open_store(stored), HOOK).astype(np.float32)
     np.testing.assert_array_equal(values(after, HOOK).astype(np.float32), expected)
     assert after.manifest.model.name == "unknown"
@@ -204,11 +204,11 @@ def test_sequences_of_different_lengths_are_no_cache_of_saelens(corpus, tmp_path
         export(tmp_path / "run", tmp_path / "out", "sae_lens")
 
 
-@pytest.mark.parametrize("format", FORMATS)
-def test_an_empty_source_is_refused(tmp_path, format):
+@pytest.mark.parametrize("kind", FORMATS)
+def test_an_empty_source_is_refused(tmp_path, kind):
     (tmp_path / "empty").mkdir()
     with pytest.raises(InterchangeError, match="empty"):
-        actpipe.import_run(tmp_path / "empty", tmp_path / "out", format=format, telemetry=QUIET)
+        actpipe.import_run(tmp_path / "empty", tmp_path / "out", kind=kind, telemetry=QUIET)
     assert not (tmp_path / "out").exists()
 
 
@@ -231,7 +231,7 @@ def test_an_interrupted_export_leaves_nothing(tmp_path, monkeypatch):
 def test_element_types_that_stores_lack_are_refused(tmp_path):
     np.save(tmp_path / "x.npy", np.zeros((8, 2)))
     with pytest.raises(InterchangeError, match="is float64, which stores do not hold"):
-        actpipe.import_run(tmp_path / "x.npy", tmp_path / "out", format="npy", telemetry=QUIET)
+        actpipe.import_run(tmp_path / "x.npy", tmp_path / "out", kind="npy", telemetry=QUIET)
 
 
 def test_a_damaged_export_is_refused(tmp_path):
