@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
+
 from actpipe.errors import InterchangeError
 from actpipe.interchange.aside import made_aside
 from actpipe.interchange.formats import Reader, Values, cut, find_format, from_written
@@ -18,6 +20,9 @@ from actpipe.stores.layout import RunFolder
 from actpipe.stores.token_table import TokenTable
 from actpipe.stores.writing import PartWriter, allow_open_files, create_store
 from actpipe.telemetry import Telemetry
+
+_PLACES = {"tokens/position": "int32", "tokens/sequence": "int64"}
+"""What a token table says of rows, where a format has no room for it."""
 
 
 def import_run(
@@ -86,11 +91,17 @@ def _prepare_export(run: RunFolder, reader: Reader, record: ExportRecord, kept: 
     for path, dtype in record.written.items():
         if reader.columns[path].dtype != dtype:
             raise InterchangeError(f"{path} is {reader.columns[path].dtype}, and was exported as {dtype}")
-    if TokenTable.exists(kept):
-        copy_tokens(kept, run)
-    else:
+    if not TokenTable.exists(kept):
         write_unknown_tokens(run, reader, manifest.model.name)
-    return manifest
+        return manifest
+    copy_tokens(kept, run)
+    there = {array.path for array in manifest.arrays}
+    places = [
+        ArrayManifest(path=path, dtype=dtype, row_shape=(), axes=("row",))
+        for path, dtype in _PLACES.items()
+        if path not in there
+    ]
+    return manifest.model_copy(update={"arrays": (*places, *manifest.arrays)})
 
 
 def _fill(run: RunFolder, reader: Reader, manifest: StoreManifest, telemetry: Telemetry) -> None:
@@ -101,17 +112,32 @@ def _fill(run: RunFolder, reader: Reader, manifest: StoreManifest, telemetry: Te
             writer = PartWriter(run, manifest, part, fsync="none")
             try:
                 for array in manifest.arrays:
-                    _fill_array(writer, reader, array, part)
+                    _fill_array(run, writer, reader, array, part)
                 writer.commit()
             finally:
                 writer.abandon()
             meter.advance(part.n_rows)
 
 
-def _fill_array(writer: PartWriter, reader: Reader, array: ArrayManifest, part: Part) -> None:
+def _fill_array(run: RunFolder, writer: PartWriter, reader: Reader, array: ArrayManifest, part: Part) -> None:
+    if array.path not in reader.columns:
+        writer.write(array.path, part.row_start, _places(run, array, part))
+        return
     row_bytes = reader.columns[array.path].row_bytes
     for start, stop in cut(part.row_start, part.row_stop, row_bytes=row_bytes):
         writer.write(array.path, start, _rows(reader, array, start, stop))
+
+
+def _places(run: RunFolder, array: ArrayManifest, part: Part) -> Values:
+    """Return where in the model inputs a part's rows stand, from the token table."""
+    pieces = []
+    for sequence in TokenTable(run).read_sequences(part.row_start, part.row_stop):
+        rows = np.arange(max(part.row_start, sequence.first_row), min(part.row_stop, sequence.row_stop))
+        if array.path == "tokens/sequence":
+            pieces.append(np.full(len(rows), sequence.sequence))
+        else:
+            pieces.append(rows - sequence.first_row + sequence.n_context)
+    return np.concatenate(pieces).astype(array.dtype)
 
 
 def _rows(reader: Reader, array: ArrayManifest, start: int, stop: int) -> Values:
