@@ -10,7 +10,7 @@ quartiles.
 write: rows that are in memory, in batches of 8,192, to the same disk: ours with checksums and commit
     records, `numpy.tofile` of one file per part, and zarr-python writing the same chunks uncompressed.
     Policy `none`: nobody forces anything to the disk. Policy `commit`: every file is forced once it is
-    whole, by fsync, on every side.
+    whole, and the folders that name it, by fsync, on every side.
 forward: extraction with a writer against extraction whose rows are thrown away, all else the same.
 codecs: parts of real activations (a trained model on real text) through each codec and element type.
 saelens: `CacheActivationsRunner.run` against the extraction of the same layer of the same model over the

@@ -82,12 +82,16 @@ def write_ours(folder: Path, manifest: Any, arrays: dict[str, Any], policy: Any)
 
 
 def write_tofile(folder: Path, rows: Any, rows_per_part: int, policy: str) -> float:
+    from actpipe.stores.layout import sync
+
     started = time.perf_counter()
     for part, start in enumerate(range(0, len(rows), rows_per_part)):
         with (folder / str(part)).open("wb") as file:
             rows[start : start + rows_per_part].tofile(file)
             if policy == "commit":
                 os.fsync(file.fileno())
+        if policy == "commit":
+            sync(folder)
     return time.perf_counter() - started
 
 
@@ -105,7 +109,8 @@ def write_zarr(folder: Path, rows: Any, rows_per_part: int, policy: str) -> floa
     for part, start in enumerate(range(0, len(rows), rows_per_part)):
         array[start : start + rows_per_part] = rows[start : start + rows_per_part]
         if policy == "commit":
-            sync(folder / f"a.zarr/c/{part}/0")
+            for path in (f"a.zarr/c/{part}/0", f"a.zarr/c/{part}", "a.zarr/c"):
+                sync(folder / path)
     return time.perf_counter() - started
 
 

@@ -10,6 +10,7 @@ import re
 import resource
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -176,14 +177,21 @@ class _RawFile:
             self.close()
             raise
 
-    def write(self, data: memoryview, position: int) -> None:
-        """Write bytes at a position, in pieces that are still in the processor's cache from their checksum."""
-        for start in range(0, len(data), _PIECE_BYTES):
-            piece = data[start : start + _PIECE_BYTES]
-            if position + start == self._in_order:
-                self._checksum = extend_crc32c(self._checksum, piece)
-                self._in_order += len(piece)
-            self._put(piece, position + start)
+    def write(self, data: memoryview, position: int, beside: Executor) -> None:
+        """Write bytes at a position; a thread sums up the checksum of many while the system copies them."""
+        if position != self._in_order:
+            self._put(data, position)
+            return
+        if len(data) < _PIECE_BYTES:
+            self._put(data, position)
+            self._checksum = extend_crc32c(self._checksum, data)
+        else:
+            checksum = beside.submit(extend_crc32c, self._checksum, data)
+            try:
+                self._put(data, position)
+            finally:
+                self._checksum = checksum.result()
+        self._in_order += len(data)
 
     def _put(self, data: memoryview, position: int) -> None:
         assert self._descriptor is not None
@@ -253,6 +261,7 @@ class PartWriter:
         self._rows_written = dict.fromkeys(self._arrays, 0)
         self._n_clipped: dict[str, int] = {}
         self._files: dict[str, _RawFile] = {}
+        self._beside = ThreadPoolExecutor(1, thread_name_prefix="actpipe-checksum")
         try:
             for path, row_bytes in self._row_bytes.items():
                 name = self._partial / path.replace("/", "%")
@@ -272,7 +281,7 @@ class PartWriter:
         data = np.ascontiguousarray(rows).view(np.uint8).data.cast("B")
         assert len(data) == len(rows) * self._row_bytes[array], f"rows of {array} have the wrong shape or type"
         file = self._files[array]
-        file.write(data, offset * self._row_bytes[array])
+        file.write(data, offset * self._row_bytes[array], self._beside)
         if self._fsync == "always":
             file.force()
         self._rows_written[array] += len(rows)
@@ -341,6 +350,7 @@ class PartWriter:
 
     def abandon(self) -> None:
         """Close and remove what was not committed."""
+        self._beside.shutdown()
         for file in self._files.values():
             file.close()
         shutil.rmtree(self._partial, ignore_errors=True)
