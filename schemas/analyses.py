@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from actpipe.schemas.base import AnalysisConfig
+from actpipe.schemas.head_analyses import ScoreWeightsConfig
 from pydantic import Field
 
 
@@ -53,5 +54,6 @@ ANALYSES: tuple[type[AnalysisConfig], ...] = (
     DecomposeResidualConfig,
     AttributeLogitsConfig,
     ScoreHeadsConfig,
+    ScoreWeightsConfig,
 )
 """All of them."""

@@ -9,6 +9,7 @@ import plotly.graph_objects as go
 
 from actpipe.records import Finding
 from actpipe.report.drawing import BLUE, GREY, Plot, bars, heat_map, layer_by_head, styled
+from actpipe.report.head_figures import HEAD_MAKERS
 from actpipe.stores.results import Result
 
 _METRICS = {
@@ -132,6 +133,7 @@ MAKERS: dict[str, Callable[[Result], Iterator[Shown]]] = {
     "heads": _heads,
     "residual": _residual,
     "reduction": _reduction,
+    **HEAD_MAKERS,
 }
 """By kind of result, in the order of the page."""
 
