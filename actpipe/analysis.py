@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 
 from actpipe.errors import RecipeError
+from actpipe.models.hooked_model import HookedModel
 from actpipe.schemas.base import AnalysisConfig
 from actpipe.schemas.recipe import ExtractActivationsConfig
 from actpipe.schemas.results import ResultRecord
@@ -49,6 +50,37 @@ def run_analysis(
         return found
     with context.telemetry.progress(wanted.name, None, "blocks") as meter:
         return compute(store, ResultWriter(folder, wanted), meter)
+
+
+def run_on_weights(
+    context: RunContext, config: AnalysisConfig, kind: str, compute: Callable[[HookedModel, ResultWriter], Result]
+) -> Result:
+    """Return a result that needs the model's weights and no store; see `run_analysis`."""
+    folder = context.corpus(config)
+    wanted = ResultRecord(
+        name=result_name(config),
+        kind=kind,
+        corpus=config.corpus,
+        settings=config.model_dump(mode="json", exclude=_NOT_THE_NUMBERS),
+        model_fingerprint=context.spec.identity.fingerprint,
+    )
+    found = current_result(folder, wanted)
+    return compute(context.model, ResultWriter(folder, wanted)) if found is None else found
+
+
+def require_circuits(context: RunContext, config: AnalysisConfig) -> None:
+    """Refuse an analysis of weights of a model whose heads do not all have weights of their own.
+
+    Raises:
+        RecipeError: Says which analysis and which model.
+    """
+    from actpipe.models.circuits import has_circuits
+
+    if not has_circuits(context.spec.shape):
+        raise RecipeError(
+            f"{result_name(config)} reads W_Q, W_K, W_V and W_O of every head of a decoder, and this "
+            f"{context.spec.anatomy.family.name} model does not have them in every layer; leave the stage out"
+        )
 
 
 def require_decoder(context: RunContext, config: AnalysisConfig) -> None:

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from actpipe.schemas.base import AnalysisConfig, NonEmpty
 from actpipe.schemas.eval_analyses import CompareRunsConfig
+from actpipe.schemas.head_analyses import ScoreWeightsConfig
 from actpipe.schemas.lens_analyses import LogitLensConfig
 from pydantic import Field, PositiveInt
 
@@ -70,5 +71,6 @@ ANALYSES: tuple[type[AnalysisConfig], ...] = (
     ScoreHeadsConfig,
     LogitLensConfig,
     CompareRunsConfig,
+    ScoreWeightsConfig,
 )
 """All of them."""

@@ -11,6 +11,7 @@ from actpipe.records import Finding
 from actpipe.report import lens_figures
 from actpipe.report.drawing import BLUE, GREY, Plot, bars, heat_map, layer_by_head, styled
 from actpipe.report.eval_figures import EVAL_MAKERS, metric_groups
+from actpipe.report.head_figures import HEAD_MAKERS
 from actpipe.stores.results import Result
 
 _METRICS = {
@@ -138,6 +139,7 @@ MAKERS: dict[str, Callable[[Result], Iterator[Shown]]] = {
     "reduction": _reduction,
     **lens_figures.MAKERS,
     **EVAL_MAKERS,
+    **HEAD_MAKERS,
 }
 """By kind of result, in the order of the page."""
 
