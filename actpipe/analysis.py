@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING
 
 from actpipe.errors import RecipeError
-from actpipe.models.hooked_model import HookedModel
 from actpipe.schemas.base import AnalysisConfig
 from actpipe.schemas.recipe import ExtractActivationsConfig
 from actpipe.schemas.results import ResultRecord
@@ -13,6 +13,9 @@ from actpipe.stage import RunContext
 from actpipe.stores.reading import ActivationStore
 from actpipe.stores.results import Result, ResultWriter, current_result
 from actpipe.telemetry import Meter
+
+if TYPE_CHECKING:
+    from actpipe.models.hooked_model import HookedModel
 
 Compute = Callable[[ActivationStore, ResultWriter, Meter], Result]
 
@@ -38,13 +41,7 @@ def run_analysis(
     """
     folder = context.corpus(config)
     store = ActivationStore(folder)
-    wanted = ResultRecord(
-        name=result_name(config),
-        kind=kind,
-        corpus=config.corpus,
-        settings=config.model_dump(mode="json", exclude=_NOT_THE_NUMBERS) | dict(more or {}),
-        model_fingerprint=store.manifest.model.fingerprint,
-    )
+    wanted = _record(config, kind, store.manifest.model.fingerprint, more or {})
     found = current_result(folder, wanted)
     if found is not None:
         return found
@@ -57,15 +54,20 @@ def run_on_weights(
 ) -> Result:
     """Return a result that needs the model's weights and no store; see `run_analysis`."""
     folder = context.corpus(config)
-    wanted = ResultRecord(
+    wanted = _record(config, kind, context.spec.identity.fingerprint, {})
+    found = current_result(folder, wanted)
+    return compute(context.model, ResultWriter(folder, wanted)) if found is None else found
+
+
+def _record(config: AnalysisConfig, kind: str, fingerprint: str, more: Mapping[str, object]) -> ResultRecord:
+    """Return what says of a result what it is, and what made it."""
+    return ResultRecord(
         name=result_name(config),
         kind=kind,
         corpus=config.corpus,
-        settings=config.model_dump(mode="json", exclude=_NOT_THE_NUMBERS),
-        model_fingerprint=context.spec.identity.fingerprint,
+        settings=config.model_dump(mode="json", exclude=_NOT_THE_NUMBERS) | dict(more),
+        model_fingerprint=fingerprint,
     )
-    found = current_result(folder, wanted)
-    return compute(context.model, ResultWriter(folder, wanted)) if found is None else found
 
 
 def require_circuits(context: RunContext, config: AnalysisConfig) -> None:

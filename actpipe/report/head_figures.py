@@ -28,7 +28,7 @@ _MODES = {"Q": "queries", "K": "keys", "V": "values"}
 def _weights(result: Result) -> Iterator[Plot | Finding]:
     table = result.table
     for score, (title, caption) in _SCORES.items():
-        best = table.loc[table[score].idxmax()]
+        best = table.iloc[int(table[score].argmax())]
         where = f"Highest: L{int(best['layer'])}H{int(best['head'])} with {best[score]:.3f}."
         grid = layer_by_head(table, score)
         yield Plot(title, f"{caption}. {where}", heat_map(grid, "score", diverging=score != "ov_copying_rank"))

@@ -79,6 +79,7 @@ def test_the_trained_model_composes_its_induction_head_and_copies_with_it(corpus
 
 def test_a_model_without_such_heads_is_refused_before_anything_runs(corpus, tmp_path):
     recipe = make_recipe(corpus, MODELS / "bert")
+    recipe["stages"][0]["layout"] = "documents"
     recipe["stages"] = [recipe["stages"][0], {"stage": "score_weights"}]
 
     with pytest.raises(RecipeError, match="reads W_Q, W_K, W_V and W_O of every head of a decoder"):
