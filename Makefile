@@ -36,10 +36,11 @@ types: $(READY)   ## check the types of what is shipped: the wheel, not the chec
 
 check: lint types test
 
-bench: $(READY)   ## extraction, hooks and the store beside others; takes about an hour
+bench: $(READY)   ## extraction, hooks, the store and the feed beside others; takes over an hour
 	$(BIN)/python benchmarks/extract.py
 	$(BIN)/python benchmarks/hooks.py
 	$(BIN)/python benchmarks/store.py
+	$(BIN)/python benchmarks/feed.py
 
 families: $(READY)   ## try every architecture and write docs/families.md; takes some minutes
 	$(BIN)/python docs/survey.py
