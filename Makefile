@@ -36,11 +36,12 @@ types: $(READY)   ## check the types of what is shipped: the wheel, not the chec
 
 check: lint types test
 
-bench: $(READY)   ## extraction, hooks, the store and the feed beside others; takes over an hour
+bench: $(READY)   ## extraction, hooks, the store, the feed and the analyses beside others; takes over an hour
 	$(BIN)/python benchmarks/extract.py
 	$(BIN)/python benchmarks/hooks.py
 	$(BIN)/python benchmarks/store.py
 	$(BIN)/python benchmarks/feed.py
+	$(BIN)/python benchmarks/analysis.py
 
 families: $(READY)   ## try every architecture and write docs/families.md; takes some minutes
 	$(BIN)/python docs/survey.py
