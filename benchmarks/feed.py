@@ -206,6 +206,8 @@ def ready_environment(name: str) -> Path:
         pins = [f"{library}=={version(library).partition('+')[0]}" for library in ("torch", "transformers")]
         install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         subprocess.run([*install, REQUIREMENTS[name], *pins], check=True)
+        # a torchvision of another torch keeps transformers from being imported, and nobody here looks at images
+        subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", "torchvision"], check=True)
         done.touch()
     return python
 
