@@ -108,9 +108,8 @@ class _Plan:
     def record(self, layout: Any) -> ExportRecord:
         """Return what the export says of itself."""
         manifest = self.store.manifest
-        arrays = tuple(
-            array.model_copy(update={"quantisation": None}) for array in manifest.arrays if array.path in self.columns
-        )
+        held = {*self.columns, *(("tokens/position", "tokens/sequence") if self.multiple_of > 1 else ())}
+        arrays = tuple(a.model_copy(update={"quantisation": None}) for a in manifest.arrays if a.path in held)
         derived = manifest.kept_rows is not None or any(array.derived is not None for array in arrays)
         changes = {"schema_version": 3 if derived else 1, "codec": "none", "n_rows": self.n_rows, "arrays": arrays}
         written = {path: column.dtype for path, column in self.columns.items()}
