@@ -8,7 +8,7 @@ Source:
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from actpipe.compute.factored import FactoredMatrix
 
@@ -71,7 +71,7 @@ def copying_ranks(
     W_E: Float[torch.Tensor, "token d_model"],
     OV: FactoredMatrix,
     W_U: Float[torch.Tensor, "d_model d_vocab"],
-    ids: Float[torch.Tensor, " token"] | torch.Tensor,
+    ids: Int[torch.Tensor, " token"],
 ) -> tuple[Float[torch.Tensor, " head"], Float[torch.Tensor, " head"]]:
     """Return how high a head that attends to a token raises that token's own logit among all tokens.
 

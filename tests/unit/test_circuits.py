@@ -80,7 +80,7 @@ def test_the_trained_model_composes_its_induction_head_and_copies_with_it(corpus
 def test_a_model_without_such_heads_is_refused_before_anything_runs(corpus, tmp_path):
     recipe = make_recipe(corpus, MODELS / "bert")
     recipe["stages"][0]["layout"] = "documents"
-    recipe["stages"] = [recipe["stages"][0], {"stage": "score_weights"}]
+    recipe["stages"] = [recipe["stages"][0] | {"layout": "documents"}, {"stage": "score_weights"}]
 
     with pytest.raises(RecipeError, match="reads W_Q, W_K, W_V and W_O of every head of a decoder"):
         run(recipe, tmp_path / "run")
@@ -89,7 +89,10 @@ def test_a_model_without_such_heads_is_refused_before_anything_runs(corpus, tmp_
 def test_a_composition_plot_of_a_thousand_heads_shows_layers():
     from actpipe.report.head_figures import _composition
 
-    small, large = (_composition(np.random.rand(n, h, n, h), "keys").figure.data[0].z for n, h in ((3, 2), (32, 32)))
+    small, large = (
+        _composition(np.random.default_rng(0).random((n, h, n, h)), "keys").figure.data[0].z
+        for n, h in ((3, 2), (32, 32))
+    )
     assert small.shape == (4, 4)
     assert large.shape == (31, 31)
     assert np.isnan(large[0, 1:]).all()
