@@ -193,7 +193,9 @@ def export(
     format_: Format,
     hook: Annotated[list[str] | None, typer.Option(help="Only this array; may be repeated.")] = None,
     corpus: Annotated[str, typer.Option(help="Which corpus of the run.")] = "main",
-    bfloat16: Annotated[str, typer.Option(help="For npy: float32 widens, bits keeps as uint16.")] = "float32",
+    bfloat16: Annotated[
+        str, typer.Option(help="npy has no bfloat16: float32 widens, bits keeps as uint16.")
+    ] = "float32",
 ) -> None:
     """Write a finished store in a format that others read.
 

@@ -108,8 +108,9 @@ class _Plan:
     def record(self, layout: Any) -> ExportRecord:
         """Return what the export says of itself."""
         manifest = self.store.manifest
-        held = {*self.columns, *(("tokens/position", "tokens/sequence") if self.multiple_of > 1 else ())}
-        arrays = tuple(a.model_copy(update={"quantisation": None}) for a in manifest.arrays if a.path in held)
+        arrays = tuple(
+            array.model_copy(update={"quantisation": None}) for array in manifest.arrays if array.path in self.columns
+        )
         derived = manifest.kept_rows is not None or any(array.derived is not None for array in arrays)
         changes = {"schema_version": 3 if derived else 1, "codec": "none", "n_rows": self.n_rows, "arrays": arrays}
         written = {path: column.dtype for path, column in self.columns.items()}

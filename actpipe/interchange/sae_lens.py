@@ -6,16 +6,12 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
-
 from actpipe.errors import InterchangeError
 from actpipe.interchange.arrow import ArrowReader, ArrowWriter
 from actpipe.interchange.formats import IDS, Column, Format, Values, path_of, public_name
 from actpipe.schemas.interchange import ExportRecord
 
 _IDS = "token_ids"
-_PLACES = {"tokens/position": Column("int32", ()), "tokens/sequence": Column("int64", ())}
-"""Follow from the number of the row, as all sequences have one length."""
 
 
 class SaeLensWriter:
@@ -68,13 +64,9 @@ class SaeLensReader:
         self.n_rows = self._reader.n_rows * self._length
         self._names = {path_of(name): name for name in columns}
         self.columns = {p: Column(columns[n].dtype, columns[n].row_shape[1:]) for p, n in self._names.items()}
-        self.columns |= _PLACES
 
     def read(self, path: str, start: int, stop: int) -> Values:
         """Return rows of one array."""
-        if path in _PLACES:
-            sequence, position = np.divmod(np.arange(start, stop), self._length)
-            return sequence if path == "tokens/sequence" else position.astype(np.int32)
         first, last = start // self._length, -(-stop // self._length)
         values = self._reader.read(self._names[path], first, last)
         rows = values.reshape(-1, *values.shape[2:])

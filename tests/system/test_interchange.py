@@ -1,4 +1,3 @@
-# ruff: noqa: A002 - `format` is the name of the flag
 """Stores in the formats of others: what they read, and what comes back."""
 
 from __future__ import annotations
