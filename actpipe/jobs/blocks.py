@@ -87,8 +87,14 @@ def even_blocks(store: ActivationStore, names: Sequence[str], block_bytes: int) 
     ]
 
 
-def map_and_sum(function: Callable[[BlockT], SumT], blocks: Iterable[BlockT], done: Done = lambda _: None) -> SumT:
-    """Apply a function to every block and add the answers up, sixteen at a time.
+def map_and_sum(
+    function: Callable[[BlockT], SumT],
+    blocks: Iterable[BlockT],
+    done: Done = lambda _: None,
+    *,
+    fan_in: int = _FAN_IN,
+) -> SumT:
+    """Apply a function to every block and add the answers up, some at a time.
 
     Memory is that of as many blocks as Dask runs together. The grouping depends on the blocks
     alone, so the same blocks give the same bits whatever the number of workers.
@@ -97,6 +103,7 @@ def map_and_sum(function: Callable[[BlockT], SumT], blocks: Iterable[BlockT], do
         function: From a block to something that adds up.
         blocks: Rows to work on.
         done: Called with 1 after each block.
+        fan_in: How many are added up at a time; take 2 where an answer is large.
     """
 
     def counted(block: BlockT) -> SumT:
@@ -109,7 +116,7 @@ def map_and_sum(function: Callable[[BlockT], SumT], blocks: Iterable[BlockT], do
         raise IncompleteStoreError("the store has no rows to analyse")
     add = dask.delayed(_add_all, pure=False)
     while len(level) > 1:
-        level = [add(level[i : i + _FAN_IN]) for i in range(0, len(level), _FAN_IN)]
+        level = [add(level[i : i + fan_in]) for i in range(0, len(level), fan_in)]
     (total,) = dask.compute(level[0])
     result: SumT = total
     return result

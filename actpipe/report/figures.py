@@ -9,6 +9,7 @@ import plotly.graph_objects as go
 
 from actpipe.records import Finding
 from actpipe.report import lens_figures
+from actpipe.report.direction_figures import DIRECTION_MAKERS
 from actpipe.report.drawing import BLUE, GREY, Plot, bars, heat_map, layer_by_head, styled
 from actpipe.report.eval_figures import EVAL_MAKERS, metric_groups
 from actpipe.report.head_figures import HEAD_MAKERS
@@ -140,6 +141,7 @@ MAKERS: dict[str, Callable[[Result], Iterator[Shown]]] = {
     **lens_figures.MAKERS,
     **EVAL_MAKERS,
     **HEAD_MAKERS,
+    **DIRECTION_MAKERS,
 }
 """By kind of result, in the order of the page."""
 
