@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal, Self
 
 from actpipe.schemas.base import AnalysisConfig, NonEmpty
+from actpipe.schemas.choosing import Range
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 
 class DescribeResidualConfig(AnalysisConfig):
@@ -15,3 +17,39 @@ class DescribeResidualConfig(AnalysisConfig):
     """Which stored activations; patterns as in `hooks` of extract_activations, or `derived/NAME/HOOK`."""
     cka: bool = True
     """Compare every two of them by linear CKA too."""
+
+
+class TopExamplesConfig(AnalysisConfig):
+    """Settings of the stage `top_examples`: where neurons, heads, latents and directions are most active."""
+
+    stage: Literal["top_examples"] = "top_examples"
+    hooks: Annotated[tuple[NonEmpty, ...], Field(min_length=1)]
+    """Which stored activations; patterns as in `hooks` of extract_activations, or `derived/NAME/HOOK`. Each place of
+    the last axis is a unit; of `attn.hook_z` and its like, each head is one, and its value is the norm."""
+    directions: NonEmpty | None = None
+    """A safetensors file with `W (d_in, n)` and, where there are, `mean (d_in,)` and `b (n,)`, as in `derive`: units
+    are `(x - mean) W + b`, along the last axis where that has d_in places, else of the whole row."""
+    units: Annotated[tuple[NonNegativeInt | Range, ...], Field(min_length=1)] | None = None
+    """Which units, such as `[0, 3, "5-7"]`, ends included; by default all."""
+    examples: PositiveInt = 10
+    """Tokens to list for each unit."""
+    lowest: bool = False
+    """List the tokens with the smallest values too."""
+    before: NonNegativeInt = 20
+    """Tokens of context before each, within the model input."""
+    after: NonNegativeInt = 5
+    """Tokens of context after each."""
+    tokens: NonNegativeInt = 10
+    """For each unit, so many token ids with the highest and with the lowest mean; 0 takes no means by token."""
+    min_count: PositiveInt = 5
+    """How often a token id must occur to be among them."""
+    keep_means: bool = False
+    """Keep the means of all token ids, not only the highest and the lowest."""
+    shown: NonNegativeInt = 12
+    """Units that the report shows: those whose largest value is most standard deviations above their mean."""
+
+    @model_validator(mode="after")
+    def _means_are_taken(self) -> Self:
+        if self.keep_means and not self.tokens:
+            raise ValueError("`keep_means` needs means by token; set `tokens` above 0")
+        return self

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
+import xarray as xr
+from markupsafe import Markup, escape
 
 from actpipe.records import Finding
 from actpipe.report.drawing import BLUE, GREEN, GREY, ORANGE, Plot, styled
@@ -110,5 +113,68 @@ def _by_position(result: Result, names: Sequence[str]) -> go.Figure:
     return styled(figure, 340)
 
 
-DIRECTION_MAKERS: dict[str, Callable[[Result], Iterator[Plot | Finding]]] = {"geometry": _geometry}
+def _examples(result: Result) -> Iterator[Plot | Finding]:
+    data = result.dataset.load()
+    yield Plot(
+        f"How often units are active: {result.record.name}",
+        "Each dot is a unit: the share of tokens at which it is above zero, and its largest value.",
+        _activity(data),
+    )
+    n_shown = result.record.settings.get("shown", 0)
+    spread = np.where(data["std"].values > 0, data["std"].values, np.inf)
+    order = np.argsort(-(data["max"].values - data["mean"].values) / spread, kind="stable")
+    table = result.table
+    for unit in order[: n_shown if isinstance(n_shown, int) else 0]:
+        one = data.isel(unit=int(unit))
+        yield _excerpts(one, table[(table["hook"] == str(one["hook"].values)) & (table["unit"] == int(one["number"]))])
+
+
+def _activity(data: xr.Dataset) -> go.Figure:
+    figure = go.Figure()
+    hooks = np.array([str(hook) for hook in data["hook"].values], dtype=object)
+    for number, hook in enumerate(dict.fromkeys(hooks)):
+        these = np.flatnonzero(hooks == hook)
+        figure.add_scatter(
+            x=data["density"].values[these],
+            y=data["max"].values[these],
+            text=[f"{short_name(hook)} {label}" for label in data["label"].values[these]],
+            name=short_name(hook),
+            mode="markers",
+            marker={"size": 6, "opacity": 0.7, "color": (BLUE, ORANGE, GREEN, GREY)[number % 4]},
+            hovertemplate="%{text}: above zero %{x:.3%}, at most %{y:.3f}<extra></extra>",
+        )
+    figure.update_xaxes(title="share of tokens above zero", tickformat="~%", range=[-0.03, 1.03])
+    figure.update_yaxes(title="largest value")
+    return styled(figure, 360)
+
+
+def _excerpts(unit: xr.Dataset, table: pd.DataFrame) -> Finding:
+    """Return a table of a unit's examples, the token marked; all text is escaped."""
+    rows = tuple(
+        (
+            f"{row.value:.3f}" if row.end == "highest" else f"{row.value:.3f}, lowest",
+            str(row.document),
+            marked(str(row.before), str(row.token), str(row.after)),
+        )
+        for row in table.assign(document=table["document"].astype("string").fillna("")).itertuples()
+    )
+    note = f"Above zero at {float(unit['density']):.2%} of tokens, mean {float(unit['mean']):.4g}."
+    if "high_token_text" in unit:
+        for end, what in (("high", "Highest"), ("low", "Lowest")):
+            texts = [repr(str(text)) for text in unit[f"{end}_token_text"].values if isinstance(text, str)]
+            note += f" {what} means by token: {', '.join(texts)}."
+    title = f"{short_name(str(unit['hook'].values))} {unit['label'].values}"
+    return Finding(title, ("value", "document", "where"), rows, note=note)
+
+
+def marked(before: str, token: str, after: str) -> Markup:
+    """Return text as HTML, escaped, with one token of it marked and line ends shown."""
+    left, middle, right = (escape(text.replace("\n", "\u23ce")) for text in (before, token, after))
+    return Markup("{}<mark>{}</mark>{}").format(left, middle, right)
+
+
+DIRECTION_MAKERS: dict[str, Callable[[Result], Iterator[Plot | Finding]]] = {
+    "examples": _examples,
+    "geometry": _geometry,
+}
 """By kind of result."""
