@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from actpipe.schemas.base import AnalysisConfig, NonEmpty
-from actpipe.schemas.direction_analyses import DescribeResidualConfig, TopExamplesConfig
+from actpipe.schemas.direction_analyses import DescribeResidualConfig, FitDirectionsConfig, TopExamplesConfig
 from actpipe.schemas.eval_analyses import CompareRunsConfig
 from actpipe.schemas.head_analyses import ScoreWeightsConfig
 from actpipe.schemas.lens_analyses import LogitLensConfig
@@ -75,5 +75,6 @@ ANALYSES: tuple[type[AnalysisConfig], ...] = (
     ScoreWeightsConfig,
     DescribeResidualConfig,
     TopExamplesConfig,
+    FitDirectionsConfig,
 )
 """All of them."""

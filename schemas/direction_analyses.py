@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Literal, Self
 
 from actpipe.schemas.base import AnalysisConfig, NonEmpty
-from actpipe.schemas.choosing import Range
+from actpipe.schemas.choosing import Range, Scalar
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 
@@ -52,4 +52,42 @@ class TopExamplesConfig(AnalysisConfig):
     def _means_are_taken(self) -> Self:
         if self.keep_means and not self.tokens:
             raise ValueError("`keep_means` needs means by token; set `tokens` above 0")
+        return self
+
+
+class FitDirectionsConfig(AnalysisConfig):
+    """Settings of the stage `fit_directions`: directions that tell the values of a label apart."""
+
+    stage: Literal["fit_directions"] = "fit_directions"
+    hooks: Annotated[tuple[NonEmpty, ...], Field(min_length=1)] = ("blocks.*.hook_resid_post",)
+    """Which stored activations; patterns as in `hooks` of extract_activations, or `derived/NAME/HOOK`."""
+    label: NonEmpty
+    """A column of documents.parquet that holds texts, integers or truth values; each token has its document's."""
+    classes: tuple[Scalar, ...] | None = None
+    """Which of its values, in this order; by default the `max_classes` with the most tokens. Tokens of documents with
+    other values, or without one, are left out."""
+    max_classes: Annotated[int, Field(ge=2)] = 10
+    """How many values to take where `classes` does not say."""
+    components: NonNegativeInt = 4
+    """Principal axes to write down."""
+    penalty: Annotated[float, Field(gt=0)] = 1e-3
+    """Of the probe: half of this times the squares of its weights, for channels of standard deviation 1, is added to
+    the mean loss in nats."""
+    max_iterations: PositiveInt = 200
+    """Most steps of the probe's fit, about one pass over the store each."""
+    tolerance: Annotated[float, Field(gt=0)] = 1e-7
+    """The fit ends where no entry of the gradient is larger."""
+    control: bool = True
+    """Fit and judge a second probe on labels that are shuffled among documents: what chance and the documents give."""
+    bins: Annotated[int, Field(ge=2)] = 15
+    """Bins of confidence in which calibration is judged."""
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Share of the documents that no fit sees and on which probes are judged, drawn by a hash of their ids."""
+    split_seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of that hash, and of the shuffling."""
+
+    @model_validator(mode="after")
+    def _two_classes_at_least(self) -> Self:
+        if self.classes is not None and (len(self.classes) < 2 or len(set(map(str, self.classes))) < len(self.classes)):
+            raise ValueError(f"`classes` needs two different values at least, each once; got {list(self.classes)}")
         return self

@@ -148,6 +148,57 @@ def _activity(data: xr.Dataset) -> go.Figure:
     return styled(figure, 360)
 
 
+def _directions(result: Result) -> Iterator[Plot | Finding]:
+    data, table, name = result.dataset.load(), result.table, result.record.name
+    label = result.record.settings.get("label", "")
+    names = [short_name(str(hook)) for hook in data["hook"].values]
+    held_out = f"{int(table['n_validation'].iloc[0]):,} tokens of documents that no fit saw"
+    for what, title, unit, chance in (
+        ("accuracy", "Accuracy of probes", "share right", ("majority", "largest class")),
+        ("auc", "Ranking by probes", "AUC", ("mean_difference_auc", "mean difference")),
+    ):
+        series = [("probe", table[what].to_numpy()), (chance[1], table[chance[0]].to_numpy())]
+        if result.record.settings.get("control"):
+            series.append(("shuffled labels", table[f"control_{what}"].to_numpy()))
+        caption = f"Probes of {label!r}, {data.sizes['class']} classes, on {held_out}; AUC is the mean over classes."
+        yield Plot(f"{title}: {name}", caption, by_layer(names, series, unit))
+    yield Plot(
+        f"Calibration of probes: {name}",
+        f"Share of right predictions by confidence, on {held_out}; dotted is perfect. Expected calibration error: "
+        + ", ".join(f"{one} {error:.3f}" for one, error in zip(names, table["calibration_error"], strict=True))
+        + ".",
+        _reliability(data, names),
+    )
+    for method, what in (("probe", "probes"), ("mean_difference", "mean differences"), ("pca", "principal axes")):
+        if f"cosine_{method}" in data and len(names) > 1:
+            values = data[f"cosine_{method}"].values
+            mean = "Cosine without its sign, mean over components" if method == "pca" else "Cosine, mean over classes"
+            figure = matrix_map(values.mean(0), names, "cosine", diverging=method != "pca")
+            yield Plot(f"Similarity of {what}: {name}", f"{mean}.", figure)
+
+
+def _reliability(data: xr.Dataset, names: Sequence[str]) -> go.Figure:
+    figure = go.Figure()
+    figure.add_scatter(x=[0, 1], y=[0, 1], mode="lines", line={"color": GREY, "dash": "dot"}, showlegend=False)
+    for number, name in enumerate(names):
+        count = data["bin_count"].values[number]
+        there = np.flatnonzero(count)
+        shade = 0.25 + 0.75 * (number + 1) / len(names)
+        figure.add_scatter(
+            x=data["bin_confidence"].values[number, there],
+            y=data["bin_accuracy"].values[number, there],
+            customdata=count[there],
+            name=name,
+            mode="lines+markers",
+            marker={"size": 4 + 12 * np.sqrt(count[there] / count.max())},
+            line={"color": f"rgba(47,109,181,{shade:.2f})", "width": 2},
+            hovertemplate="confidence %{x:.3f}, right %{y:.3f}, %{customdata:,} tokens<extra></extra>",
+        )
+    figure.update_xaxes(title="confidence", range=[0, 1.02])
+    figure.update_yaxes(title="share right", range=[0, 1.02])
+    return styled(figure, 380)
+
+
 def _excerpts(unit: xr.Dataset, table: pd.DataFrame) -> Finding:
     """Return a table of a unit's examples, the token marked; all text is escaped."""
     rows = tuple(
@@ -174,6 +225,7 @@ def marked(before: str, token: str, after: str) -> Markup:
 
 
 DIRECTION_MAKERS: dict[str, Callable[[Result], Iterator[Plot | Finding]]] = {
+    "directions": _directions,
     "examples": _examples,
     "geometry": _geometry,
 }

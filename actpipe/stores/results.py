@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,11 @@ class Result:
         if self.record.table is None:
             raise IncompleteStoreError(f"the result {self.record.name!r} has no table; use .dataset")
         return pd.read_parquet(self.folder.results / self.record.table)
+
+    @property
+    def files(self) -> Path:
+        """The folder of files that other tools take, such as directions; it is there where the result has any."""
+        return self.folder.results / f"{self.record.name}.files"
 
 
 def list_results(folder: RunFolder) -> list[Result]:
@@ -126,6 +132,7 @@ class ResultWriter:
         dataset: xr.Dataset | None = None,
         table: pd.DataFrame | None = None,
         summary: Mapping[str, float | int | str] | None = None,
+        files: Mapping[str, bytes] | None = None,
     ) -> Result:
         """Put the files in their places, then the record that makes them count."""
         results, name = self._folder.results, self._wanted.name
@@ -140,6 +147,7 @@ class ResultWriter:
             table.to_parquet(self._partial / "table", index=False)
             sync(self._partial / "table")
             move(self._partial / "table", results / f"{name}.parquet")
+        self._put_files(files or {})
         shutil.rmtree(self._partial)
         record = self._wanted.model_copy(
             update={
@@ -150,6 +158,15 @@ class ResultWriter:
         )
         write_whole(results / f"{name}.json", record.to_json().encode())
         return Result(self._folder, record)
+
+    def _put_files(self, files: Mapping[str, bytes]) -> None:
+        """Put files for other tools into `NAME.files`, in the place of those that were there."""
+        place, partial = self._folder.results / f"{self._wanted.name}.files", self._partial / "files"
+        shutil.rmtree(place, ignore_errors=True)
+        for name, content in files.items():
+            write_whole(partial / name, content)
+        if files:
+            move(partial, place)
 
 
 def labels(values: list[str]) -> npt.NDArray[Any]:

@@ -1,0 +1,35 @@
+"""Whether the documents of a corpus have, or will have, a label."""
+
+from __future__ import annotations
+
+from actpipe.analysis import result_name
+from actpipe.errors import RecipeError, did_you_mean
+from actpipe.schemas.base import AnalysisConfig
+from actpipe.schemas.recipe import TokenizeTextConfig
+from actpipe.stage import RunContext
+from actpipe.stores.token_table import TokenTable
+
+
+def require_label(context: RunContext, config: AnalysisConfig, column: str) -> None:
+    """Refuse a label that documents.parquet does not have, or will not have by this recipe.
+
+    Raises:
+        RecipeError: Says which columns there are, or why there is none.
+    """
+    name, tokenizing = result_name(config), context.settings_of(TokenizeTextConfig, config.corpus)
+    if tokenizing is not None and tokenizing.compat != "none":
+        raise RecipeError(
+            f"{name}: the corpus {config.corpus!r} is tokenized as TransformerLens does, which keeps no track of "
+            "documents; leave out `compat`, or the stage"
+        )
+    known: tuple[str, ...] | None = None
+    folder = context.corpus(config)
+    if TokenTable.exists(folder):
+        known = TokenTable(folder).document_columns
+    elif tokenizing is not None and tokenizing.keep_columns != "all":
+        known = () if tokenizing.keep_columns == "none" else tokenizing.keep_columns
+    if known is not None and column not in known:
+        raise RecipeError(
+            f"{name}: the documents of the corpus {config.corpus!r} have no column {column!r}, only "
+            f"{', '.join(known) or 'none'}{did_you_mean(column, known)}"
+        )

@@ -1,0 +1,128 @@
+"""Store -> directions that tell the values of a label apart, and how well probes do (Dask)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from actpipe.schemas.direction_analyses import FitDirectionsConfig
+
+from actpipe.activation_choice import Choice, choose_activations
+from actpipe.analysis import run_analysis
+from actpipe.compute.probing import Fit
+from actpipe.direction_results import Found, direction_files, directions_of, results_dataset, results_table
+from actpipe.errors import RecipeError
+from actpipe.jobs.blocks import require_arrays
+from actpipe.jobs.directions import Rows, TrainingSums, fit_probe, judge, sum_training
+from actpipe.jobs.labels import ClassLabels, label_rows
+from actpipe.label_choice import require_label
+from actpipe.records import Finding
+from actpipe.stage import RunContext
+from actpipe.stores.documents import RowDocuments
+from actpipe.stores.reading import ActivationStore
+from actpipe.stores.results import Result, ResultWriter
+from actpipe.stores.token_table import TokenTable
+from actpipe.telemetry import Meter
+
+
+@dataclass(frozen=True)
+class FitDirections:
+    """Fit mean differences, principal axes and probes on some documents, and judge them on the others."""
+
+    config: FitDirectionsConfig
+    needs: ClassVar[tuple[str, ...]] = ("store",)
+    gives: ClassVar[str] = "results"
+
+    def check(self, context: RunContext) -> None:
+        """Refuse activations that will not be stored, labels that are not there, and classes without documents."""
+        for choice in self._choices(context):
+            if choice.sparse:
+                raise RecipeError(
+                    f"fit_directions: {choice.name} holds the largest latents only; store all, or choose another"
+                )
+        require_label(context, self.config, self.config.label)
+        folder = context.corpus(self.config)
+        if TokenTable.exists(folder):
+            self._labels(RowDocuments(TokenTable(folder)))
+
+    def run(self, context: RunContext) -> None:
+        """Compute them, unless they are there."""
+        choices = self._choices(context)
+
+        def compute(store: ActivationStore, writer: ResultWriter, meter: Meter) -> Result:
+            return self._compute(choices, store, writer, meter)
+
+        context.findings.append(_describe(run_analysis(context, self.config, "directions", compute)))
+
+    def _choices(self, context: RunContext) -> tuple[Choice, ...]:
+        return choose_activations(context, self.config, self.config.hooks)
+
+    def _labels(self, documents: RowDocuments) -> ClassLabels:
+        config = self.config
+        return label_rows(
+            documents,
+            config.label,
+            classes=config.classes,
+            max_classes=config.max_classes,
+            fraction=config.validation_fraction,
+            seed=config.split_seed,
+        )
+
+    def _compute(self, choices: Sequence[Choice], store: ActivationStore, writer: ResultWriter, meter: Meter) -> Result:
+        names = [choice.name for choice in choices]
+        require_arrays(store, names, "fit_directions")
+        labels = self._labels(store.documents)
+        found = [self._fit(Rows(store, name, labels, self.config.block_bytes, meter.advance)) for name in names]
+        table = results_table(found, labels)
+        return writer.commit(
+            dataset=results_dataset(found, labels),
+            table=table,
+            summary={
+                "n_classes": len(labels.classes),
+                "best_hook": str(table["hook"][int(table["accuracy"].argmax())]),
+                "accuracy": float(table["accuracy"].max()),
+            },
+            files=direction_files(found, labels),
+        )
+
+    def _fit(self, rows: Rows) -> Found:
+        """Fit everything of one activation, and judge it on the documents that are held out."""
+        config = self.config
+        sums = sum_training(rows)
+        fit = self._probe(rows, sums)
+        directions = directions_of(rows.name, sums, fit, config.components)
+        judged = judge(rows, sums, fit.weights, directions.differences, config.bins)
+        control = None
+        if config.control:
+            shuffled = Rows(rows.store, rows.name, rows.labels.shuffled(config.split_seed), rows.block_bytes, rows.done)
+            dealt = self._probe(shuffled, sums)
+            control = judge(shuffled, sums, dealt.weights, directions.differences, config.bins)
+        return Found(directions, fit, judged, control)
+
+    def _probe(self, rows: Rows, sums: TrainingSums) -> Fit:
+        config = self.config
+        return fit_probe(
+            rows, sums, penalty=config.penalty, tolerance=config.tolerance, max_iterations=config.max_iterations
+        )
+
+
+def _describe(result: Result) -> Finding:
+    rows = tuple(
+        (
+            str(row.hook),
+            f"{row.accuracy:.3f}",
+            f"{row.majority:.3f}",
+            f"{row.control_accuracy:.3f}",
+            f"{row.auc:.3f}",
+            f"{row.control_auc:.3f}",
+            f"{row.calibration_error:.3f}",
+        )
+        for row in result.table.itertuples()
+    )
+    return Finding(
+        f"Probes of {result.record.settings['label']}, held-out documents: {result.record.corpus}",
+        ("activation", "accuracy", "largest class", "shuffled", "AUC", "shuffled AUC", "calibration error"),
+        rows,
+        note=f"{result.record.summary['n_classes']} classes; directions are in {result.files.name}",
+    )
