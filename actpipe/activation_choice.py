@@ -70,6 +70,21 @@ def choose_activations(context: RunContext, config: AnalysisConfig, patterns: It
     return chosen
 
 
+def whole_rows(config: AnalysisConfig, chosen: tuple[Choice, ...]) -> tuple[Choice, ...]:
+    """Return activations whose every value is stored.
+
+    Raises:
+        RecipeError: Of one only the largest latents are.
+    """
+    for choice in chosen:
+        if choice.sparse:
+            raise RecipeError(
+                f"{result_name(config)}: {choice.name} holds the largest latents only; leave out its `top_k`, or "
+                "choose another"
+            )
+    return chosen
+
+
 def _matches(context: RunContext, pattern: str, stored: Mapping[str, Choice]) -> list[str]:
     if pattern.startswith(_DERIVED):
         glob = re.compile(".*".join(map(re.escape, pattern.split("*"))))

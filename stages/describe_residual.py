@@ -11,7 +11,7 @@ import pandas as pd
 import xarray as xr
 from actpipe.schemas.direction_analyses import DescribeResidualConfig
 
-from actpipe.activation_choice import Choice, choose_activations
+from actpipe.activation_choice import Choice, choose_activations, whole_rows
 from actpipe.analysis import run_analysis
 from actpipe.compute.geometry import effective_rank, participation_ratio, spectrum
 from actpipe.compute.grouping import GroupSums
@@ -46,8 +46,7 @@ class DescribeResidual:
         context.findings.append(_describe(run_analysis(context, self.config, "geometry", compute)))
 
     def _choices(self, context: RunContext) -> tuple[Choice, ...]:
-        chosen = choose_activations(context, self.config, self.config.hooks)
-        return tuple(choice for choice in chosen if not choice.sparse)
+        return whole_rows(self.config, choose_activations(context, self.config, self.config.hooks))
 
     def _compute(self, choices: Sequence[Choice], store: ActivationStore, writer: ResultWriter, meter: Meter) -> Result:
         sizes, block_bytes = {choice.name: choice.row_size for choice in choices}, self.config.block_bytes

@@ -8,11 +8,10 @@ from typing import ClassVar
 
 from actpipe.schemas.direction_analyses import FitDirectionsConfig
 
-from actpipe.activation_choice import Choice, choose_activations
+from actpipe.activation_choice import Choice, choose_activations, whole_rows
 from actpipe.analysis import run_analysis
 from actpipe.compute.probing import Fit
 from actpipe.direction_results import Found, direction_files, directions_of, results_dataset, results_table
-from actpipe.errors import RecipeError
 from actpipe.jobs.blocks import require_arrays
 from actpipe.jobs.directions import Rows, TrainingSums, fit_probe, judge, sum_training
 from actpipe.jobs.labels import ClassLabels, label_rows
@@ -36,11 +35,7 @@ class FitDirections:
 
     def check(self, context: RunContext) -> None:
         """Refuse activations that will not be stored, labels that are not there, and classes without documents."""
-        for choice in self._choices(context):
-            if choice.sparse:
-                raise RecipeError(
-                    f"fit_directions: {choice.name} holds the largest latents only; store all, or choose another"
-                )
+        self._choices(context)
         require_label(context, self.config, self.config.label)
         folder = context.corpus(self.config)
         if TokenTable.exists(folder):
@@ -56,7 +51,7 @@ class FitDirections:
         context.findings.append(_describe(run_analysis(context, self.config, "directions", compute)))
 
     def _choices(self, context: RunContext) -> tuple[Choice, ...]:
-        return choose_activations(context, self.config, self.config.hooks)
+        return whole_rows(self.config, choose_activations(context, self.config, self.config.hooks))
 
     def _labels(self, documents: RowDocuments) -> ClassLabels:
         config = self.config

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import xarray as xr
 from actpipe.schemas.direction_analyses import TopExamplesConfig
@@ -16,7 +17,7 @@ from actpipe.activation_choice import choose_activations
 from actpipe.analysis import run_analysis
 from actpipe.excerpts import Excerpt, read_excerpts
 from actpipe.jobs.blocks import require_arrays
-from actpipe.jobs.units import Measures, Units, choose_tokens, measure_units
+from actpipe.jobs.units import Measures, Units, measure_units
 from actpipe.records import Finding
 from actpipe.stage import RunContext
 from actpipe.stores.directions import Directions, read_directions
@@ -71,7 +72,13 @@ class TopExamples:
         require_arrays(store, [name for units in planned for name in units.arrays], "top_examples")
         chosen = [choose_units(units, config.units, store, block_bytes=config.block_bytes) for units in planned]
         refuse_too_many(chosen, config.examples)
-        measures = Measures(config.examples, lowest=config.lowest, tokens=bool(config.tokens))
+        measures = Measures(
+            config.examples,
+            lowest=config.lowest,
+            tokens=config.tokens,
+            min_count=config.min_count,
+            keep_means=config.keep_means,
+        )
         found = [
             measure_units(store, one.units, one.numbers, measures, block_bytes=config.block_bytes, done=meter.advance)
             for one in chosen
@@ -104,7 +111,7 @@ def _dataset(
         "label": ("unit", labels(list(chosen.labels))),
     }
     if config.tokens:
-        arrays |= _by_token(store, found["tokens"], config)
+        arrays |= _by_token(store, found["tokens"])
     if config.keep_means:
         arrays["mean_by_token"] = (("unit", "token"), found["tokens"]["mean_by_token"].T)
         arrays["token_count"] = ("token", found["tokens"]["token_count"])
@@ -112,24 +119,26 @@ def _dataset(
     return xr.Dataset(arrays, coords=coords)
 
 
-def _by_token(store: ActivationStore, found: Mapping[str, Any], config: TopExamplesConfig) -> dict[str, Any]:
-    means, ids, counts = found["mean_by_token"], found["token"], found["token_count"]
-    ends = choose_tokens(means, counts, config.tokens, config.min_count)
-    texts = np.array(_texts_of(store, ids), dtype=object)
+def _by_token(store: ActivationStore, found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the token ids with the highest and with the lowest mean."""
     arrays: dict[str, Any] = {}
-    for end, places in zip(("high", "low"), ends, strict=True):
-        axes = ("unit", "token_rank")
-        arrays[f"{end}_token"] = (axes, ids[places].T)
-        arrays[f"{end}_token_text"] = (axes, texts[places].T)
-        arrays[f"{end}_token_mean"] = (axes, np.take_along_axis(means, places, 0).T)
-        arrays[f"{end}_token_count"] = (axes, counts[places].T)
+    axes = ("unit", "token_rank")
+    for end in ("high", "low"):
+        ids = found[f"{end}_token"].T
+        arrays[f"{end}_token"] = (axes, ids)
+        arrays[f"{end}_token_text"] = (axes, _texts_of(store, ids))
+        arrays[f"{end}_token_mean"] = (axes, found[f"{end}_mean"].T)
+        arrays[f"{end}_token_count"] = (axes, found[f"{end}_count"].T)
     return arrays
 
 
-def _texts_of(store: ActivationStore, ids: Any) -> list[str]:
-    if not (store.folder.tokenizer / "tokenizer.json").is_file():
-        return [""] * len(ids)
-    return [decode_ids(store.folder.tokenizer, [token]) for token in ids.tolist()]
+def _texts_of(store: ActivationStore, ids: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+    """Return the text of each id alone; empty without a tokenizer."""
+    unique, places = np.unique(ids, return_inverse=True)
+    there = (store.folder.tokenizer / "tokenizer.json").is_file()
+    texts = [decode_ids(store.folder.tokenizer, [token]) if there else "" for token in unique.tolist()]
+    found: npt.NDArray[Any] = labels(texts)[places.reshape(ids.shape)]
+    return found
 
 
 def _table(

@@ -118,8 +118,12 @@ class Measures:
     """Rows with the largest values."""
     lowest: bool = False
     """Whether to take those with the smallest too."""
-    tokens: bool = True
-    """Whether to take means by token."""
+    tokens: int = 0
+    """So many token ids with the highest mean, and with the lowest."""
+    min_count: int = 1
+    """How often a token id must occur to be among them."""
+    keep_means: bool = False
+    """Whether to keep the means of all token ids."""
 
     @property
     def accumulators(self) -> dict[str, Accumulator]:
@@ -158,7 +162,8 @@ def measure_units(
         done: Called with 1 after each block.
 
     Returns:
-        `moments`, `extremes`, `highest`, and what else is measured; see `actpipe.compute.accumulators`.
+        `moments`, `extremes`, `highest`, and what else is measured; see `actpipe.compute.accumulators`. Of `tokens`
+        there are `high_token`, `high_mean`, `high_count` and the like of `low`, `(rank, unit)`.
     """
     per_unit = 40 * (2 * measures.examples + 4)
     if measures.tokens:
@@ -168,7 +173,10 @@ def measure_units(
     pieces = []
     for start in range(0, len(wanted), at_once):
         sums = _one_pass(store, units, wanted[start : start + at_once], accumulators, block_bytes, done)
-        pieces.append({name: one.finish(sums.states[name]) for name, one in accumulators.items()})
+        piece = {name: one.finish(sums.states[name]) for name, one in accumulators.items()}
+        if measures.tokens:
+            piece["tokens"] = _ends(piece["tokens"], measures)
+        pieces.append(piece)
     return {name: _side_by_side([piece[name] for piece in pieces]) for name in accumulators}
 
 
@@ -191,6 +199,17 @@ def _one_pass(
     read = sum(4 * int(np.prod(store.array(name).manifest.row_shape, dtype=np.int64)) for name in names)
     share = read / (3 * read + _VALUE_BYTES * len(wanted))
     return map_and_sum(summed, even_blocks(store, names, max(1, int(block_bytes * share))), done)
+
+
+def _ends(found: Arrays, measures: Measures) -> Arrays:
+    """Return the token ids at both ends, and what else is kept of means by token."""
+    means, token, count = found["mean_by_token"], found["token"], found["token_count"]
+    kept = dict(found) if measures.keep_means else {}
+    ends = choose_tokens(means, count, measures.tokens, measures.min_count)
+    for end, places in zip(("high", "low"), ends, strict=True):
+        kept[f"{end}_token"], kept[f"{end}_count"] = token[places], count[places]
+        kept[f"{end}_mean"] = np.take_along_axis(means, places, 0)
+    return kept
 
 
 def _side_by_side(pieces: list[Arrays]) -> Arrays:

@@ -114,7 +114,7 @@ def _by_position(result: Result, names: Sequence[str]) -> go.Figure:
 
 
 def _examples(result: Result) -> Iterator[Plot | Finding]:
-    data = result.dataset.load()
+    data = result.dataset.drop_vars("mean_by_token", errors="ignore").load()
     yield Plot(
         f"How often units are active: {result.record.name}",
         "Each dot is a unit: the share of tokens at which it is above zero, and its largest value.",

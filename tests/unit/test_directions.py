@@ -48,12 +48,14 @@ def newton(rows: np.ndarray, number: np.ndarray, n_classes: int, penalty: float)
     ridge = np.full((width, n_classes), penalty)
     ridge[-1] = 0.0
     weights = np.zeros((width, n_classes))
-    for _ in range(60):
+    for _ in range(25):
         p = np.exp(inputs @ weights)
         p /= p.sum(1, keepdims=True)
         gradient = inputs.T @ (p - np.eye(n_classes)[number]) / len(rows) + ridge * weights
         spread = np.einsum("nk,kl->nkl", p, np.eye(n_classes)) - np.einsum("nk,nl->nkl", p, p)
-        hessian = np.einsum("nd,nkl,ne->dkel", inputs, spread, inputs).reshape(width * n_classes, -1) / len(rows)
+        hessian = np.einsum("nd,nkl,ne->dkel", inputs, spread, inputs, optimize=True).reshape(
+            width * n_classes, -1
+        ) / len(rows)
         hessian += np.diag(ridge.ravel())
         weights -= (np.linalg.pinv(hessian, hermitian=True) @ gradient.ravel()).reshape(weights.shape)
     return weights

@@ -179,6 +179,19 @@ def test_text_with_markup_is_escaped_in_the_report(write_jsonl, tmp_path):
     assert "<mark>" in body
 
 
+@pytest.mark.parametrize("stage", ["describe_residual", "fit_directions"])
+def test_latents_of_which_only_the_largest_are_stored_are_no_rows_of_a_space(corpus, tmp_path, stage):
+    weights = {"W_enc": np.ones((128, 24), np.float32), "b_enc": np.zeros(24, np.float32)}
+    save_file(weights, tmp_path / "sae.safetensors")
+    entry = {"hooks": ["blocks.0.hook_resid_post"], "encoder": str(tmp_path / "sae.safetensors"), "top_k": 4}
+    recipe = make_recipe(corpus, derive=[{"name": "sae", **entry}])
+    label = {"label": "line"} if stage == "fit_directions" else {}
+    recipe["stages"].append({"stage": stage, "hooks": ["derived/sae/*"], **label})
+
+    with pytest.raises(RecipeError, match="holds the largest latents only"):
+        run(recipe, tmp_path / "run")
+
+
 MEASURES = Measures(3, lowest=True)
 TIED = st.lists(st.sampled_from([-1.0, -0.5, 0.0, 0.5, 2.0]), min_size=2, max_size=20)
 
