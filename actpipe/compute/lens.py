@@ -56,7 +56,8 @@ def lens_metrics(
     log_probabilities = logits.log_softmax(-1)
     at_target = log_probabilities.gather(-1, targets.clamp_min(0)[:, None])
     rank = (log_probabilities > at_target).sum(-1).float()
-    kl = (final.exp() * (final - log_probabilities)).nan_to_num(nan=0.0).sum(-1).clamp_min(0.0)
+    share = final.exp()
+    kl = torch.where(share == 0, 0.0, share * (final - log_probabilities)).sum(-1).clamp_min(0.0)
     agreement = (log_probabilities.argmax(-1) == final.argmax(-1)).float()
     of_target = torch.stack([-at_target[:, 0], at_target[:, 0].exp(), rank], -1)
     of_target[targets < 0] = torch.nan

@@ -49,7 +49,9 @@ class AttributionSums:
 
     def __add__(self, other: AttributionSums) -> AttributionSums:
         return AttributionSums(
-            self.by_position + other.by_position, self.by_group + other.by_group, max(self.worst, other.worst)
+            self.by_position + other.by_position,
+            self.by_group + other.by_group,
+            float(np.maximum(self.worst, other.worst)),
         )
 
 
@@ -136,7 +138,8 @@ def attribute_store(
         total = rows[:, : len(components) + 1].sum(-1)
         if checked == [MODEL_LOGIT]:
             total = _capped(total, shape.logit_softcap)
-        worst = float(np.nanmax(np.abs(total - own_logit(block, tokens)), initial=0.0)) if checked else 0.0
+        there = tokens >= 0  # a value that is not finite where there is a token must not pass for rounding
+        worst = float(np.abs(total - own_logit(block, tokens))[there].max(initial=0.0)) if checked else 0.0
         by_group = sum_by_group(rows, groups(block))
         return AttributionSums(sum_by_group(rows, block.read_integers("tokens/position")), by_group, worst)
 

@@ -54,23 +54,25 @@ def decompose_resid(
     Raises:
         IncompleteStoreError: A component is not stored.
         UnsupportedModelError: The model's stream is no sum of what attention and MLPs write.
-        ValueError: There is no such layer, or `mlp_input` after the last.
+        ValueError: There is no such layer, or no attention to add after the last.
 
     Source:
         TransformerLens 2.16, `ActivationCache.decompose_resid`.
     """
-    stop = _layer(store, layer, mlp_input=mlp_input)
+    adds_attention = mlp_input and mode != "mlp"
+    stop = _layer(store, layer, mlp_input=adds_attention)
     if mode not in ("all", "mlp", "attn"):
         raise ValueError(f"mode {mode!r} is not one of all, mlp and attn")
     kinds = {"all": ("attn_out", "mlp_out"), "attn": ("attn_out",), "mlp": ("mlp_out",)}[mode]
     found = components_of(store, stop)
     wanted = [one for one in found if (incl_embeds if one.layer is None else one.kind in kinds)]
     names = {one.label: one.hook for one in wanted}
-    if mlp_input and mode != "mlp":
+    if adds_attention:
         names[f"{stop}_attn_out"] = f"blocks.{stop}.hook_attn_out"
     require_arrays(store, names.values(), "decompose_resid")
     stack = _stacked(store, [stored_floats(store, name) for name in names.values()])
-    return _finished(store, stack, list(names), stop, mlp_input=mlp_input, apply_ln=apply_ln)
+    into_mlp = mlp_input and stop < store.shape.n_layers
+    return _finished(store, stack, list(names), stop, mlp_input=into_mlp, apply_ln=apply_ln)
 
 
 def accumulated_resid(
@@ -285,9 +287,13 @@ def accumulated_bias(
 
     Args:
         weights: The model's weights.
-        layer: Up to which layer.
+        layer: Up to which layer, from 0 to the number of layers.
         mlp_input: Also the layer's own attention.
         include_mlp_biases: Also those of MLPs.
+
+    Raises:
+        ValueError: `layer` is below 0.
+        UnknownHookError: It is beyond the last.
 
     Source:
         TransformerLens 2.16, `HookedTransformer.accumulated_bias`.
@@ -295,6 +301,8 @@ def accumulated_bias(
     names = [f"blocks.{number}.attn.b_O" for number in range(layer + 1 if mlp_input else layer)]
     if include_mlp_biases:
         names += [f"blocks.{number}.mlp.b_out" for number in range(layer)]
+    if layer < 0:
+        raise ValueError(f"layer {layer} is below 0; give the number of layers for all biases")
     total = np.zeros(len(weights["unembed.W_U"]), np.float64)
     for name in names:
         total += weight_array(weights, name)

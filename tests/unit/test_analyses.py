@@ -15,6 +15,7 @@ from actpipe.compute.attribution import next_tokens
 from actpipe.compute.grouping import sum_by_group
 from actpipe.compute.heads import PATTERNS, HeadScoreSums, detection_pattern, score_heads
 from actpipe.errors import ActpipeError, IdentityError, IncompleteStoreError
+from actpipe.jobs.attribution import AttributionSums
 from actpipe.jobs.heads import score_store_heads
 from actpipe.jobs.metrics import metrics_by_position
 
@@ -396,3 +397,11 @@ def test_targets_and_columns_that_are_not_there_are_refused(tmp_path, settings, 
 
     with pytest.raises(ActpipeError, match=message):
         run(recipe, tmp_path / "run")
+
+
+def test_an_attribution_that_is_not_a_number_stays_one_when_sums_are_put_together():
+    nothing = sum_by_group(np.zeros((1, 1), np.float32), np.zeros(1, np.int64))
+    good, bad = (AttributionSums(nothing, nothing, worst) for worst in (0.0, float("nan")))
+
+    assert np.isnan((good + bad).worst)
+    assert np.isnan((bad + good).worst)

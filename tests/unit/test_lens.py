@@ -168,3 +168,11 @@ def test_what_cannot_be_looked_at_is_refused_before_anything_runs(tmp_path, extr
     with pytest.raises(ActpipeError, match=message):
         run(recipe, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_what_is_not_a_number_is_no_divergence_of_zero():
+    final = torch.tensor([[0.5, 0.5, 0.0]]).log()
+    logits = torch.tensor([[0.0, torch.nan, 0.0]])
+
+    assert lens_metrics(logits, final, torch.tensor([0]))[0, -1].isnan()
+    assert lens_metrics(final, final, torch.tensor([0]))[0, -1] == 0.0

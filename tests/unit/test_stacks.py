@@ -181,6 +181,11 @@ def test_wrong_layers_and_modes_are_refused(stored):
         actpipe.decompose_resid(store, 3)
     with pytest.raises(ValueError, match="no MLP after the last layer"):
         actpipe.get_full_resid_decomposition(store, weights, mlp_input=True)
+    assert actpipe.decompose_resid(store, mode="mlp", mlp_input=True)[1][-1] == "1_mlp_out"  # as in TransformerLens
+    with pytest.raises(ValueError, match="below 0"):
+        actpipe.accumulated_bias(weights, -1)
+    with pytest.raises(ActpipeError, match=r"no weight 'blocks\.2\.attn\.b_O'"):
+        actpipe.accumulated_bias(weights, 3)
     with pytest.raises(ValueError, match="not one of all, mlp and attn"):
         actpipe.decompose_resid(store, mode="heads")
 
