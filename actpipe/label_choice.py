@@ -1,6 +1,8 @@
-"""Whether the documents of a corpus have, or will have, a label."""
+"""Whether the documents of a corpus have, or will have, some labels."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 from actpipe.analysis import result_name
 from actpipe.errors import RecipeError, did_you_mean
@@ -10,8 +12,15 @@ from actpipe.stage import RunContext
 from actpipe.stores.token_table import TokenTable
 
 
-def require_label(context: RunContext, config: AnalysisConfig, column: str) -> None:
-    """Refuse a label that documents.parquet does not have, or will not have by this recipe.
+def require_labels(context: RunContext, config: AnalysisConfig, columns: Iterable[str], keys: str) -> None:
+    """Refuse labels that documents.parquet does not have, or will not have by this recipe.
+
+    Args:
+        context: The run.
+        config: The analysis.
+        columns: The labels; without any, only whether the corpus keeps track of documents is looked at.
+        keys: What of the analysis asks for them, for errors.
+
 
     Raises:
         RecipeError: Says which columns there are, or why there is none.
@@ -20,7 +29,7 @@ def require_label(context: RunContext, config: AnalysisConfig, column: str) -> N
     if tokenizing is not None and tokenizing.compat != "none":
         raise RecipeError(
             f"{name}: the corpus {config.corpus!r} is tokenized as TransformerLens does, which keeps no track of "
-            "documents; leave out `compat`, or the stage"
+            f"documents; leave out {keys}, or `compat`"
         )
     known: tuple[str, ...] | None = None
     folder = context.corpus(config)
@@ -28,8 +37,9 @@ def require_label(context: RunContext, config: AnalysisConfig, column: str) -> N
         known = TokenTable(folder).document_columns
     elif tokenizing is not None and tokenizing.keep_columns != "all":
         known = () if tokenizing.keep_columns == "none" else tokenizing.keep_columns
-    if known is not None and column not in known:
-        raise RecipeError(
-            f"{name}: the documents of the corpus {config.corpus!r} have no column {column!r}, only "
-            f"{', '.join(known) or 'none'}{did_you_mean(column, known)}"
-        )
+    for column in columns:
+        if known is not None and column not in known:
+            raise RecipeError(
+                f"{name}: the documents of the corpus {config.corpus!r} have no column {column!r}, only "
+                f"{', '.join(known) or 'none'}{did_you_mean(column, known)}"
+            )

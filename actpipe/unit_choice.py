@@ -12,6 +12,7 @@ import numpy.typing as npt
 from actpipe.activation_choice import Choice
 from actpipe.errors import RecipeError
 from actpipe.jobs.units import Units, count_latents
+from actpipe.schemas.choosing import expand_ranges
 from actpipe.stores.directions import Directions
 from actpipe.stores.reading import ActivationStore
 
@@ -93,10 +94,7 @@ def choose_units(
 
 
 def _numbers(wanted: Sequence[int | str]) -> npt.NDArray[np.int64]:
-    numbers: set[int] = set()
-    for one in wanted:
-        first, last = (one, one) if isinstance(one, int) else map(int, one.split("-"))
-        numbers.update(range(first, last + 1))
+    numbers = set(expand_ranges(wanted))
     if not numbers:
         raise RecipeError(
             f"top_examples: `units` {list(wanted)} names none; write ranges from the smaller to the larger"

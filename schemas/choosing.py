@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Annotated, Literal, Self
 
 from actpipe.schemas.base import Contract, Name, NonEmpty
@@ -46,6 +47,15 @@ class KeepConfig(Contract):
         if self == type(self).model_construct(seed=self.seed):
             raise ValueError("`keep` has no condition; leave it out to store every token")
         return self
+
+
+def expand_ranges(chosen: Iterable[int | str]) -> list[int]:
+    """Return the numbers that a list with ranges, ends included, stands for, in its order."""
+    numbers: list[int] = []
+    for one in chosen:
+        first, last = (one, one) if isinstance(one, int) else map(int, one.split("-"))
+        numbers.extend(range(first, last + 1))
+    return numbers
 
 
 _WAYS = ("heads", "channels", "norms", "random", "matrix", "encoder")

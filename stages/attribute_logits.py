@@ -27,6 +27,7 @@ from actpipe.jobs.attribution import (
 )
 from actpipe.jobs.groups import by_column
 from actpipe.jobs.residual import components_of
+from actpipe.label_choice import require_labels
 from actpipe.models.hooked_model import HookedModel
 from actpipe.records import Finding
 from actpipe.stage import RunContext
@@ -50,6 +51,8 @@ class AttributeLogits:
         """Refuse a store that will lack a component or a head."""
         require_sum(context, self.config, native=True)
         require_every_token(context, self.config)
+        if self.config.by is not None:
+            require_labels(context, self.config, [self.config.by], "`by`")
         n_layers = context.spec.shape.n_layers
         components = residual_components(context.spec.hook_points, n_layers)
         target = self._target(context)
@@ -116,7 +119,7 @@ class AttributeLogits:
             coords={"position": np.arange(len(by_position.count)), "component": labels(columns)},
         )
         if self.config.by is not None:
-            dataset = dataset.merge(_by_group(sums.by_group, self.config.by, values, columns))
+            dataset = dataset.merge(_by_group(sums.by_group, values, columns))
         table = pd.DataFrame(
             {
                 "component": columns,
@@ -147,17 +150,15 @@ def _token_id(context: RunContext, token: int | str) -> int:
     return token
 
 
-def _by_group(sums: GroupSums, column: str, values: list[str], columns: list[str]) -> xr.Dataset:
-    """Return means by value of a column of documents.parquet, values without a row left out."""
-    n_groups = len(sums.count)
+def _by_group(sums: GroupSums, values: list[str], columns: list[str]) -> xr.Dataset:
+    """Return means by value of a column of documents.parquet; each value is that of a document with rows."""
     return xr.Dataset(
         {
             "mean_by_value": (("value", "component"), sums.mean),
             "std_by_value": (("value", "component"), sums.std),
             "count_by_value": ("value", sums.count[:, 0].astype(np.int64)),
         },
-        coords={"value": labels(values[:n_groups]), "component": labels(columns)},
-        attrs={"by": column},
+        coords={"value": labels(values), "component": labels(columns)},
     )
 
 

@@ -15,7 +15,7 @@ from actpipe.direction_results import Found, direction_files, directions_of, res
 from actpipe.jobs.blocks import require_arrays
 from actpipe.jobs.directions import Rows, TrainingSums, fit_probe, judge, sum_training
 from actpipe.jobs.labels import ClassLabels, label_rows
-from actpipe.label_choice import require_label
+from actpipe.label_choice import require_labels
 from actpipe.records import Finding
 from actpipe.stage import RunContext
 from actpipe.stores.documents import RowDocuments
@@ -36,7 +36,7 @@ class FitDirections:
     def check(self, context: RunContext) -> None:
         """Refuse activations that will not be stored, labels that are not there, and classes without documents."""
         self._choices(context)
-        require_label(context, self.config, self.config.label)
+        require_labels(context, self.config, [self.config.label], "the stage")
         folder = context.corpus(self.config)
         if TokenTable.exists(folder):
             self._labels(RowDocuments(TokenTable(folder)))

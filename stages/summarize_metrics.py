@@ -9,18 +9,17 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 from actpipe.schemas.analyses import SummarizeMetricsConfig
-from actpipe.schemas.recipe import TokenizeTextConfig
 
 from actpipe.analysis import run_analysis
 from actpipe.compute.grouping import GroupSums
-from actpipe.errors import RecipeError, did_you_mean
+from actpipe.errors import RecipeError
 from actpipe.jobs.groups import Groups, by_column, by_document, by_position, by_token
 from actpipe.jobs.metrics import stored_metrics, sum_metrics
+from actpipe.label_choice import require_labels
 from actpipe.records import Finding
 from actpipe.stage import RunContext
 from actpipe.stores.reading import ActivationStore
 from actpipe.stores.results import Result, ResultWriter, labels
-from actpipe.stores.token_table import TokenTable
 from actpipe.telemetry import Meter
 from actpipe.text.decoding import decode_ids
 
@@ -44,27 +43,7 @@ class SummarizeMetrics:
                 "add `metrics: [loss]` to its extract_activations"
             )
         if self.config.columns or "document" in self.config.by:
-            self._check_documents(context)
-
-    def _check_documents(self, context: RunContext) -> None:
-        tokenizing = context.settings_of(TokenizeTextConfig, self.config.corpus)
-        if tokenizing is not None and tokenizing.compat != "none":
-            raise RecipeError(
-                f"summarize_metrics: the corpus {self.config.corpus!r} is tokenized as TransformerLens does, which "
-                "keeps no track of documents; leave out `columns` and `by: [document]`, or `compat`"
-            )
-        known: tuple[str, ...] | None = None
-        folder = context.corpus(self.config)
-        if TokenTable.exists(folder):
-            known = TokenTable(folder).document_columns
-        elif tokenizing is not None and tokenizing.keep_columns != "all":
-            known = () if tokenizing.keep_columns == "none" else tokenizing.keep_columns
-        for column in self.config.columns:
-            if known is not None and column not in known:
-                raise RecipeError(
-                    f"summarize_metrics: the documents of the corpus {self.config.corpus!r} have no column {column!r}, "
-                    f"only {', '.join(known) or 'none'}{did_you_mean(column, known)}"
-                )
+            require_labels(context, self.config, self.config.columns, "`columns` and `by: [document]`")
 
     def run(self, context: RunContext) -> None:
         """Compute the averages, unless they are there."""

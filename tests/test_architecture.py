@@ -22,33 +22,15 @@ HEAVY = {
 }
 """Where each large dependency may be imported."""
 
+ALL_OTHERS = set(
+    ["models", "stores", "text", "jobs", "interchange", "extraction", "report", "stages", "telemetry", "stage"]
+)
+
 # Folder -> what of actpipe it must not import. Plain modules (errors, records, planning ...) are free for all.
 FORBIDDEN = {
     "schemas": {"actpipe"},
-    "actpipe/hooks": {
-        "models",
-        "stores",
-        "text",
-        "jobs",
-        "interchange",
-        "extraction",
-        "report",
-        "stages",
-        "telemetry",
-        "stage",
-    },
-    "actpipe/compute": {
-        "models",
-        "stores",
-        "text",
-        "jobs",
-        "interchange",
-        "extraction",
-        "report",
-        "stages",
-        "telemetry",
-        "stage",
-    },
+    "actpipe/hooks": ALL_OTHERS,
+    "actpipe/compute": ALL_OTHERS,
     "actpipe/models": {"stores", "text", "jobs", "interchange", "extraction", "report", "stages", "stage", "running"},
     "actpipe/stores": {"models", "text", "jobs", "interchange", "extraction", "report", "stages", "stage", "running"},
     "actpipe/text": {"models", "stores", "jobs", "interchange", "extraction", "report", "stages", "stage", "running"},

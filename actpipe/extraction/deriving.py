@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from actpipe.compute.projecting import encode, largest, random_directions
 from actpipe.errors import RecipeError
 from actpipe.models.hooked_model import ModelSpec
-from actpipe.schemas.choosing import DeriveConfig
+from actpipe.schemas.choosing import DeriveConfig, expand_ranges
 from actpipe.schemas.manifest import ArrayManifest
 from actpipe.schemas.manifest import Derivation as DerivationRecord
 from actpipe.stores.layout import sha256_of
@@ -47,11 +47,6 @@ class Derivation:
         return f"{self.hook}.{self.config.name}"
 
     @property
-    def row(self) -> tuple[tuple[int, ...], Axes]:
-        """Sizes and axes of a row of what is derived."""
-        return self._shape()
-
-    @property
     def _path(self) -> str:
         return f"derived/{self.config.name}/{self.hook}"
 
@@ -67,7 +62,7 @@ class Derivation:
             settings=self.config.model_dump(mode="json", exclude_none=True),
             sha256=self.sha256,
         )
-        shape, axes = self._shape()
+        shape, axes = self.row
         kinds = ("int32" if self.integer else dtype, "int32")
         return tuple(
             ArrayManifest(path=path, dtype=kind, row_shape=shape, axes=("row", *axes), derived=record)
@@ -104,7 +99,9 @@ class Derivation:
     def _d_in(self) -> int:
         return math.prod(self.row_shape) if self.sizes is None else self.sizes[0]
 
-    def _shape(self) -> tuple[tuple[int, ...], Axes]:
+    @property
+    def row(self) -> tuple[tuple[int, ...], Axes]:
+        """Sizes and axes of a row of what is derived."""
         config, shape, axes = self.config, self.row_shape, self.axes
         if config.heads is not None:
             axis = axes.index("head")
@@ -199,12 +196,7 @@ def _check_sizes(derivation: Derivation, d_in: int, d_out: int, where: str) -> N
 
 
 def _numbers(chosen: Iterable[int | str]) -> torch.Tensor:
-    """Return the numbers that a list with ranges, ends included, stands for."""
-    numbers: list[int] = []
-    for one in chosen:
-        first, last = (one, one) if isinstance(one, int) else map(int, one.split("-"))
-        numbers.extend(range(first, last + 1))
-    return torch.tensor(numbers, dtype=torch.long)
+    return torch.tensor(expand_ranges(chosen), dtype=torch.long)
 
 
 _WANTED = {"matrix": (("W",), ("mean", "b")), "encoder": (("W_enc", "b_enc"), ("b_dec", "threshold"))}

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from actpipe.compute.sampling import is_drawn
+from actpipe.compute.choosing import is_drawn
 from actpipe.errors import DatasetError, RecipeError
 from actpipe.records import Sequence
 from actpipe.schemas.choosing import KeepConfig

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
@@ -12,7 +11,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from actpipe.compute.sampling import is_drawn
 from actpipe.errors import DatasetError
 from actpipe.feed.permutation import Indices
 from actpipe.stores.documents import RowDocuments
@@ -21,19 +19,9 @@ Split = Literal["train", "validation"]
 
 
 def in_split(documents: RowDocuments, split: Split, fraction: float, seed: int) -> npt.NDArray[np.bool_]:
-    """Return which of the documents with rows are in a split; see `is_validation`."""
-    ids = chain.from_iterable(chunk.to_pylist() for chunk in documents.column("id").chunks)
-    held_out = (is_validation(document, fraction, seed) for document in ids)
-    chosen = np.fromiter(held_out, np.bool_, len(documents))
-    return chosen if split == "validation" else ~chosen
-
-
-def is_validation(document_id: object, fraction: float, seed: int) -> bool:
-    """Say whether a document is held out: its id alone decides, whatever else is in the corpus.
-
-    See `sampling.is_drawn`. Documents of one id are always in the same split, in other runs too.
-    """
-    return is_drawn(f"{seed}:{document_id}", fraction)
+    """Return which of the documents with rows are in a split; see `RowDocuments.held_out`."""
+    held_out = documents.held_out(fraction, seed)
+    return held_out if split == "validation" else ~held_out
 
 
 class Labels:

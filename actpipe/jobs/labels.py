@@ -11,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from actpipe.compute.sampling import is_drawn
 from actpipe.errors import DatasetError, did_you_mean
 from actpipe.jobs.blocks import RowBlock
 from actpipe.stores.documents import RowDocuments
@@ -90,9 +89,7 @@ def label_rows(
     if len(place) < 2:
         raise DatasetError(f"column {column!r} has {len(place)} values; directions tell at least two apart")
     number = np.array([-1 if value is None else place.get(str(value), -1) for value in values], np.int64)
-    ids = documents.column("id").to_pylist()
-    held_out = np.array([is_drawn(f"{seed}:{document}", fraction) for document in ids], np.bool_)
-    labels = ClassLabels(documents, tuple(place), number, held_out)
+    labels = ClassLabels(documents, tuple(place), number, documents.held_out(fraction, seed))
     for side, what in ((False, "to fit on"), (True, "to judge on")):
         for name, n_rows in zip(labels.classes, labels.count_rows(held_out=side), strict=True):
             if not n_rows:

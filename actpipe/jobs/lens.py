@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from actpipe.compute.attribution import next_tokens
 from actpipe.compute.grouping import GroupSums, sum_by_group
 from actpipe.compute.lens import LENS_METRICS, AffineSums, FinalNorm, fit_affine, lens_metrics, sum_affine
-from actpipe.compute.sampling import is_drawn
 from actpipe.errors import IncompleteStoreError, RecipeError
 from actpipe.jobs.blocks import Done, RowBlock, even_blocks, map_and_sum, require_arrays
 from actpipe.stores.reading import ActivationStore
@@ -89,13 +88,15 @@ def look_through_lens(
     require_arrays(store, names, "logit_lens")
     store.require_every_token("logit_lens")
 
+    rows_at_once = max(1, LOGITS_AT_ONCE // store.shape.d_vocab)
+
     def look(block: RowBlock) -> GroupSums:
         ids = block.read_integers("tokens/input_ids", beyond=1)
         targets = next_tokens(ids, block.read_integers("tokens/sequence", beyond=1), block.n_rows)
         wanted = np.arange(block.n_rows) if choose is None else np.flatnonzero(choose(block))
         read = {label: torch.from_numpy(block.read(name)[wanted]) for label, name in streams.items()}
         scale = torch.from_numpy(block.read(SCALE)[wanted]) if lens.final_scale else None
-        values = _look_at(read, lens, torch.from_numpy(targets[wanted]), scale, translators or {})
+        values = _look_at(read, lens, torch.from_numpy(targets[wanted]), scale, translators or {}, rows_at_once)
         return sum_by_group(values, block.read_integers("tokens/position")[wanted])
 
     blocks = even_blocks(store, [*names, *names, *_TOKENS], block_bytes)
@@ -108,6 +109,7 @@ def _look_at(
     targets: torch.Tensor,
     scale: torch.Tensor | None,
     translators: Translators,
+    rows_at_once: int,
 ) -> npt.NDArray[np.float32]:
     """Return `(row, stream and metric)`, a few rows of the vocabulary's width at a time."""
     n_metrics = len(LENS_METRICS)
@@ -117,8 +119,7 @@ def _look_at(
         return rows.to(lens.device)
 
     with torch.inference_mode():
-        width = lens.unembed(lens.norm(there(streams["final_post"][:1]))).shape[-1]
-        for rows in torch.split(torch.arange(len(targets)), max(1, LOGITS_AT_ONCE // max(1, width))):
+        for rows in torch.split(torch.arange(len(targets)), rows_at_once):
             divisor = None if scale is None else there(scale[rows])
             final = lens.unembed(lens.norm(there(streams["final_post"][rows]))).float().log_softmax(-1)
             for number, (label, stream) in enumerate(streams.items()):
@@ -195,7 +196,6 @@ def read_translators(path: Path, labels: Iterable[str], d_model: int) -> dict[st
 def rows_of_split(store: ActivationStore, fraction: float, seed: int, *, validation: bool) -> ChooseRows:
     """Return what tells the rows of one side of a split by document, drawn by a hash of the documents' ids."""
     documents = store.documents
-    ids = documents.column("id").to_pylist()
-    drawn = np.array([is_drawn(f"{seed}:{document}", fraction) for document in ids], bool)
-    side = drawn if validation else ~drawn
+    held_out = documents.held_out(fraction, seed)
+    side = held_out if validation else ~held_out
     return lambda block: side[documents.of_rows(np.arange(block.start, block.stop))]

@@ -8,11 +8,11 @@ import numpy as np
 import plotly.graph_objects as go
 
 from actpipe.records import Finding
-from actpipe.report import lens_figures
 from actpipe.report.direction_figures import DIRECTION_MAKERS
 from actpipe.report.drawing import BLUE, GREY, Plot, bars, heat_map, layer_by_head, styled
 from actpipe.report.eval_figures import EVAL_MAKERS, metric_groups
 from actpipe.report.head_figures import HEAD_MAKERS
+from actpipe.report.lens_figures import LENS_MAKERS
 from actpipe.stores.results import Result
 
 _METRICS = {
@@ -138,7 +138,7 @@ MAKERS: dict[str, Callable[[Result], Iterator[Shown]]] = {
     "heads": _heads,
     "residual": _residual,
     "reduction": _reduction,
-    **lens_figures.MAKERS,
+    **LENS_MAKERS,
     **EVAL_MAKERS,
     **HEAD_MAKERS,
     **DIRECTION_MAKERS,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import plotly.graph_objects as go
 
@@ -17,7 +17,7 @@ _SHOWN = {
 }
 
 
-def lens(result: Result) -> Iterator[Plot]:
+def _lens(result: Result) -> Iterator[Plot]:
     """Draw each measure by layer."""
     table = result.table
     how = "Each residual stream through the final norm and the unembedding"
@@ -32,5 +32,5 @@ def lens(result: Result) -> Iterator[Plot]:
         yield Plot(f"{title}: {result.record.name}", f"{how}; means over all tokens.", styled(figure, 320))
 
 
-MAKERS = {"lens": lens}
+LENS_MAKERS: dict[str, Callable[[Result], Iterator[Plot]]] = {"lens": _lens}
 """By kind of result."""

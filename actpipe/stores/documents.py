@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from actpipe.compute.choosing import is_drawn
 from actpipe.errors import DatasetError, IncompleteStoreError, did_you_mean
 from actpipe.stores.kept_rows import KeptRows
 from actpipe.stores.token_table import TokenTable
@@ -51,6 +54,15 @@ class RowDocuments:
     def of_rows(self, rows: Indices) -> Indices:
         """Return, for each row, which of the documents with rows it belongs to."""
         return np.searchsorted(self._row_stops, rows, side="right")
+
+    def held_out(self, fraction: float, seed: int) -> npt.NDArray[np.bool_]:
+        """Return, for each of the documents with rows, whether it is kept for judging what others were used for.
+
+        Its id alone decides (see `choosing.is_drawn`), whatever else is in the corpus: documents of one id are always
+        on the same side, in other runs too.
+        """
+        ids = chain.from_iterable(chunk.to_pylist() for chunk in self.column("id").chunks)
+        return np.fromiter((is_drawn(f"{seed}:{document}", fraction) for document in ids), np.bool_, len(self))
 
     def column(self, name: str) -> pa.ChunkedArray:
         """Return a column of documents.parquet, for documents with rows only.

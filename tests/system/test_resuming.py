@@ -118,32 +118,17 @@ def test_killed_it_leaves_a_lock_that_keeps_no_one_out_and_nothing_that_clean_do
     assert {problem.remedy for problem in find_problems(RunFolder(out))} == {Remedy.RESUME}
 
 
-def test_sigterm_finishes_the_part_at_hand_and_ends_with_143(tmp_path, uninterrupted):
+@pytest.mark.parametrize(("request_to_end", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_asked_to_end_it_exits_with_the_code_of_the_signal_and_a_word_on_how_to_continue(
+    tmp_path, uninterrupted, request_to_end, code
+):
     recipe, out = write_recipe(long_recipe(), tmp_path / "recipe.yaml"), tmp_path / "run"
     process = start(recipe, out)
     wait_for_commits(process, out, 3)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(request_to_end)
     output, _ = process.communicate(timeout=60)
 
-    assert process.returncode == 143, output
-    assert "the same command continues" in output
-    assert "Traceback" not in output
-    assert 3 <= n_commits(out) < 160
-    assert not list((out / ".partial").glob("part-*"))
-    process = start(recipe, out)
-    process.communicate(timeout=200)
-    assert process.returncode == 0
-    assert all_bytes(out) == uninterrupted
-
-
-def test_ctrl_c_ends_with_130_and_a_word_on_how_to_continue(tmp_path, uninterrupted):
-    recipe, out = write_recipe(long_recipe(), tmp_path / "recipe.yaml"), tmp_path / "run"
-    process = start(recipe, out)
-    wait_for_commits(process, out, 3)
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
-
-    assert process.returncode == 130
+    assert process.returncode == code, output
     assert "the same command continues" in output
     assert "Traceback" not in output
     assert 3 <= n_commits(out) < 160
