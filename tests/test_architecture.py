@@ -22,9 +22,7 @@ HEAVY = {
 }
 """Where each large dependency may be imported."""
 
-ALL_OTHERS = set(
-    ["models", "stores", "text", "jobs", "interchange", "extraction", "report", "stages", "telemetry", "stage"]
-)
+ALL_OTHERS = {"models", "stores", "text", "jobs", "interchange", "extraction", "report", "stages", "telemetry", "stage"}
 
 # Folder -> what of actpipe it must not import. Plain modules (errors, records, planning ...) are free for all.
 FORBIDDEN = {
