@@ -53,6 +53,10 @@ class StorageError(ActpipeError, OSError):
     """The disk is full, read-only or out of reach; what is committed stays valid."""
 
 
+class ClusterError(ActpipeError, RuntimeError):
+    """A cluster cannot be reached or started, or its workers fail at a part again and again."""
+
+
 class DtypeOverflowError(ActpipeError, OverflowError):
     """Finite activations do not fit the element type they are stored in."""
 

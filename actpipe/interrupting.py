@@ -29,6 +29,11 @@ class Interruption:
                 signal.signal(number, handler)
             self._asked = None
 
+    @property
+    def asked(self) -> bool:
+        """Whether someone asked; what is under way may be finished."""
+        return self._asked is not None
+
     def raise_if_asked(self) -> None:
         """End here, if someone asked: whoever does parts calls this between two of them.
 

@@ -6,6 +6,7 @@ import importlib.metadata
 import io
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,14 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from actpipe import __version__
+from actpipe.contexts import load_recipe, make_context
 from actpipe.errors import RecipeError, StoreMismatchError
 from actpipe.jobs.engine import InProcess
-from actpipe.models.hooked_model import HookedModel, ModelSpec
-from actpipe.models.loading import ModelSource
-from actpipe.recipes import RecipeText, check_recipe, read_recipe_text, with_overrides
+from actpipe.models.hooked_model import ModelSpec
+from actpipe.recipes import RecipeText, read_recipe_text, with_overrides
 from actpipe.records import Finding
 from actpipe.schemas.base import AnalysisConfig, StageConfig
+from actpipe.schemas.engine import EngineConfig
 from actpipe.schemas.eval_analyses import EvaluateModelConfig
 from actpipe.schemas.manifest import ModelIdentity, RunRecord
 from actpipe.schemas.recipe import (
@@ -30,7 +32,7 @@ from actpipe.schemas.recipe import (
     TokenizeTextConfig,
 )
 from actpipe.schemas.reducing import ReduceActivationsConfig
-from actpipe.stage import Plans, RunContext, Stage, check_order, find_stage, foreign_configs
+from actpipe.stage import Engine, Plans, RunContext, Stage, check_order, find_stage
 from actpipe.stores.cleaning import clear_abandoned
 from actpipe.stores.layout import RunFolder, disk_trouble_explained, write_whole
 from actpipe.stores.locking import only_run_in
@@ -92,7 +94,12 @@ def run_after(before: Callable[[RunFolder], None], stages: Sequence[Stage], cont
     folder = context.folder
     _refuse_foreign_folder(folder)
     existed = folder.root.exists()
-    with disk_trouble_explained(folder), only_run_in(folder), at_work_in(folder.root) as save:
+    with (
+        disk_trouble_explained(folder),
+        only_run_in(folder),
+        at_work_in(folder.root) as save,
+        closing(context.engine),
+    ):
         clear_abandoned(folder)
         try:
             _check_everything(stages, context)
@@ -120,6 +127,7 @@ def plan_recipe(
 ) -> list[Finding]:
     """Say what a recipe would cost, and leave nothing on disk; arguments and errors are those of `run_recipe`."""
     stages, context = prepare(recipe, out, overrides, telemetry or Telemetry())
+    context.engine = InProcess()
     _check_everything(stages, context)
     return [stage.plan(context) for stage in stages if isinstance(stage, Plans)]
 
@@ -132,8 +140,17 @@ def prepare(
     checked = load_recipe(with_overrides(text, overrides))
     name = checked.name or Path(text.title).stem
     folder = RunFolder(local_folder(out if out is not None else Path("runs") / name))
-    context = make_context(checked, base, folder, telemetry)
+    context = make_context(checked, base, folder, telemetry, make_engine(checked.engine))
     return [find_stage(config.stage)(config) for config in checked.stages], context
+
+
+def make_engine(config: EngineConfig) -> Engine:
+    """Return who does the parts; a cluster is started when it is first needed."""
+    if config.kind == "process":
+        return InProcess()
+    from actpipe.cluster.engine import DaskEngine
+
+    return DaskEngine(config)
 
 
 def _check_everything(stages: Sequence[Stage], context: RunContext) -> None:
@@ -153,43 +170,6 @@ def read_any(recipe: str | Path | Mapping[str, Any]) -> tuple[RecipeText, Path]:
         return RecipeText("recipe", json.loads(json.dumps(recipe))), Path.cwd()
     path = Path(recipe)
     return read_recipe_text(path), path.resolve().parent
-
-
-def load_recipe(text: RecipeText) -> Recipe:
-    """Check a recipe, stages of other packages included."""
-    stages = text.data.get("stages") if isinstance(text.data, dict) else None
-    names = [stage.get("stage") for stage in stages or () if isinstance(stage, dict)]
-    return check_recipe(text, foreign_configs(name for name in names if isinstance(name, str)))
-
-
-def make_context(recipe: Recipe, base: Path, folder: RunFolder, telemetry: Telemetry) -> RunContext:
-    """Return what the stages are given."""
-    model = recipe.model
-    local = base / Path(model.name).expanduser()
-    source = ModelSource(
-        str(local) if local.is_dir() or model.name.startswith((".", "/", "~")) else model.name,
-        model.revision,
-        model.trust_remote_code,
-    )
-
-    def load_model() -> HookedModel:
-        return HookedModel.from_source(
-            source,
-            dtype=model.dtype,
-            device=model.device,
-            device_map=model.device_map,
-            convention=model.convention,
-        )
-
-    return RunContext(
-        folder=folder,
-        base=base,
-        recipe=recipe,
-        engine=InProcess(),
-        telemetry=telemetry,
-        load_spec=lambda: ModelSpec(source, model.dtype, model.convention),
-        load_model=load_model,
-    )
 
 
 def check_names(stages: Sequence[StageConfig]) -> None:
@@ -250,7 +230,7 @@ def _leave_no_trace(folder: RunFolder, *, existed: bool) -> None:
 
 def _write_record(folder: RunFolder, recipe: Recipe, spec: ModelSpec) -> None:
     """Write `run.yaml`: data stages stay as they were first written, analyses are those of this recipe."""
-    resolved = recipe.model_dump(mode="json")
+    resolved = recipe.model_dump(mode="json", exclude={"engine"})
     version, libraries = __version__, _library_versions()
     if folder.record.is_file():
         earlier = read_record(folder)

@@ -5,11 +5,19 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Generic, Self, TypeVar
 
 Item = TypeVar("Item")
+
+
+def already_done() -> Future[None]:
+    """Return a future of what is done."""
+    done = Future[None]()
+    done.set_result(None)
+    return done
 
 
 class BackgroundWorker(AbstractContextManager["BackgroundWorker[Item]"], Generic[Item]):

@@ -87,6 +87,12 @@ class Telemetry:
             with self.log.open("a") as file:
                 file.write(json.dumps({"time": round(time.time(), 3), "event": kind, **fields}) + "\n")
 
+    def count(self, name: str, amount: float = 1, **labels: str) -> None:
+        """Add to a counter."""
+
+    def gauge(self, name: str, value: float, **labels: str) -> None:
+        """Set a gauge."""
+
     def say(self, text: str) -> None:
         """Tell people something, once."""
         self.console.print(text, highlight=False, soft_wrap=True)

@@ -19,7 +19,7 @@ MAIN_CORPUS = "main"
 _READ_BYTES = 2**20
 _COPY_BYTES = 2**16
 """The checksum takes `bytes` only; copies of this size stay in the processor's cache."""
-_WAYS_OUT = {
+WAYS_OUT = {
     errno.ENOSPC: "free some space",
     errno.EDQUOT: "free some space, or have the quota raised",
     errno.EACCES: "make it writable",
@@ -28,6 +28,7 @@ _WAYS_OUT = {
     errno.EIO: "look after the disk",
     errno.EMFILE: "allow more open files with `ulimit -n`",
 }
+"""What to do about a disk that takes nothing, by the number of the error; trying again would not help."""
 
 
 @dataclass(frozen=True)
@@ -141,11 +142,11 @@ def disk_trouble_explained(folder: RunFolder) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _WAYS_OUT:
+        if error.errno not in WAYS_OUT:
             raise
         where = error.filename or folder.root
         raise StorageError(
-            f"stopped at {where}: {os.strerror(error.errno).lower()}; {_WAYS_OUT[error.errno]} and give the same "
+            f"stopped at {where}: {os.strerror(error.errno).lower()}; {WAYS_OUT[error.errno]} and give the same "
             "command again, it continues from what is committed"
         ) from error
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -61,6 +62,28 @@ def local_folder(run: str | Path) -> Path:
     return remote.folder
 
 
+def front_of_worker(run: str) -> Path:
+    """Return the folder in front of a run for this process alone, with what is no chunk; a local folder is itself."""
+    url = as_url(run)
+    if url is None:
+        return Path(run)
+    remote = Remote.in_front_of(url, of=f"{socket.gethostname()}-{os.getpid()}")
+    remote.pull()
+    return remote.folder
+
+
+def publish_all(folder: Path) -> None:
+    """Put into the object store behind a run folder what is new in it, if there is one, for others to see."""
+    if (remote := remote_of(folder)) is not None:
+        remote.push()
+
+
+def fetch_commits(folder: Path) -> None:
+    """Bring the commit records here that others have put into the object store behind a run folder."""
+    if (remote := remote_of(folder)) is not None:
+        remote.bring_commits()
+
+
 def remote_of(path: Path) -> Remote | None:
     """Return the object store behind a folder or file, if there is one."""
     found = _marked(path)
@@ -89,11 +112,11 @@ class Remote:
     _fetching: threading.Lock = field(default_factory=threading.Lock, compare=False, repr=False)
 
     @classmethod
-    def in_front_of(cls, url: str) -> Remote:
-        """Return the run at a URL; its folder is in the user's cache, under a name of its own."""
+    def in_front_of(cls, url: str, *, of: str = "") -> Remote:
+        """Return the run at a URL; its folder is in the user's cache, under a name of its own (`of` someone)."""
         base = Path(os.environ.get("ACTPIPE_CACHE", "")) if os.environ.get("ACTPIPE_CACHE") else _user_cache()
         readable = re.sub(r"[^A-Za-z0-9]+", "-", url)[-60:].strip("-")
-        folder = base / f"{readable}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"
+        folder = base / f"{readable}-{hashlib.sha256((url + of).encode()).hexdigest()[:12]}"
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / _MARK, f"{url}\n".encode(), force=False)
         _marked.cache_clear()
@@ -137,6 +160,12 @@ class Remote:
         for path in there.keys() - set(here):
             self.delete(self.folder / path)
 
+    def bring_commits(self) -> None:
+        """Bring the commit records here that are there and not here."""
+        names = [name for name, _ in self._list() if "commits/" in name and _is_metadata(name)]
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            list(pool.map(self._download, [name for name in names if not (self.folder / name).is_file()]))
+
     def put(self, *paths: Path) -> None:
         """Put files there, several at once; all of them are there when it returns."""
         import obstore
@@ -147,6 +176,17 @@ class Remote:
 
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             list(pool.map(put, paths))
+
+    def has(self, path: Path) -> bool:
+        """Whether a file is there."""
+        import obstore
+
+        try:
+            with self._trouble_explained():
+                obstore.head(self._objects, self._name(path))
+        except FileNotFoundError:
+            return False
+        return True
 
     def delete(self, path: Path) -> None:
         """Remove a file there; one that is not there is no error."""
@@ -310,6 +350,7 @@ def publish(paths: Iterable[Path]) -> None:
     paths = list(paths)
     if paths and (remote := remote_of(paths[0].parent)) is not None:
         remote.put(*paths)
+        remote.make_room()
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from actpipe.errors import IncompleteStoreError, StorageError, StoreMismatchErro
 from actpipe.records import Part
 from actpipe.schemas.commit import ChunkRecord, Commit, Fidelity
 from actpipe.schemas.manifest import ArrayManifest, StoreManifest
+from actpipe.stores.claims import alone_at, is_committed
 from actpipe.stores.dtypes import numpy_dtype
 from actpipe.stores.encoding import compress, quantise_file, zarr_arrays, zarr_codec
 from actpipe.stores.layout import RunFolder, crc32c_of, extend_crc32c, move, sync, sync_tree, write_whole
@@ -294,6 +295,8 @@ class PartWriter:
     def commit(self) -> None:
         """Put every chunk in its place, then the record that makes the part count.
 
+        Where another worker has committed the same part meanwhile, its bytes stay and these go.
+
         Raises:
             DtypeOverflowError: A value is not finite, and quantised arrays keep finite ones only.
         """
@@ -302,7 +305,6 @@ class PartWriter:
         fidelity: dict[str, Fidelity] = {}
         finished = [chunk for array in self._arrays.values() for chunk in self._finish(array, fidelity)]
         records = tuple(record for _, record in finished)
-        self._place(finished)
         commit = Commit(
             schema_version=2 if fidelity else 1,
             part=self._part.index,
@@ -313,9 +315,12 @@ class PartWriter:
             chunks=records,
         )
         record = self._folder.part_commit(self._part.index)
-        publish(self._folder.store / chunk.path for chunk in records)
-        write_whole(record, commit.to_json().encode(), force=self._fsync != "none")
-        publish([record])
+        with alone_at(self._folder, self._part.index):
+            if not is_committed(record):
+                self._place(finished)
+                publish(self._folder.store / chunk.path for chunk in records)
+                write_whole(record, commit.to_json().encode(), force=self._fsync != "none")
+                publish([record])
         self.abandon()
 
     def _finish(self, array: ArrayManifest, fidelity: dict[str, Fidelity]) -> Iterator[tuple[Path, ChunkRecord]]:
