@@ -38,6 +38,12 @@ Set = Annotated[
         "--set", metavar="KEY=VALUE", help="Change a setting: model.dtype=float16, tokenize_text.max_tokens=1000."
     ),
 ]
+Scheduler = Annotated[
+    str | None,
+    typer.Option(
+        help="Give the parts to the workers of this Dask scheduler (tcp://10.0.0.1:8786).", show_default=False
+    ),
+]
 RecipeOfRun = Annotated[
     Path | None,
     typer.Option("--recipe", help="Recipe of the run, where its paths are relative to it.", show_default=False),
@@ -48,7 +54,7 @@ Revision = Annotated[
 
 
 @app.command()
-def run(recipe: Recipe, out: Out = None, set_: Set = None) -> None:
+def run(recipe: Recipe, out: Out = None, set_: Set = None, scheduler: Scheduler = None) -> None:
     """Run a recipe. Interrupted, the same command continues; finished, it does nothing.
 
     Example: `actpipe run workflows/quickstart.yaml --out runs/try --set tokenize_text.max_tokens=20000`
@@ -58,7 +64,7 @@ def run(recipe: Recipe, out: Out = None, set_: Set = None) -> None:
 
     try:
         with INTERRUPTION.heard():
-            summary = run_recipe(recipe, out=out, overrides=set_ or ())
+            summary = run_recipe(recipe, out=out, overrides=set_ or (), scheduler=scheduler)
     except KeyboardInterrupt:
         Console(stderr=True).print("interrupted; the same command continues where this one stopped")
         raise typer.Exit(130) from None
@@ -72,6 +78,23 @@ def run(recipe: Recipe, out: Out = None, set_: Set = None) -> None:
     report = summary.folder / "report.html"
     if report.is_file():
         console.print(f"report:     {report}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def worker(
+    scheduler: Annotated[str, typer.Argument(help="Address of a Dask scheduler: tcp://10.0.0.1:8786.")],
+    name: Annotated[str | None, typer.Option(help="Name in logs and on Dask's dashboard.", show_default=False)] = None,
+    lifetime: Annotated[
+        float | None, typer.Option(min=1, help="Leave in order after so many seconds.", show_default=False)
+    ] = None,
+) -> None:
+    """Do parts of runs that are given to a Dask scheduler. Asked to end (SIGTERM), it finishes the parts at hand.
+
+    Start one for each device: `CUDA_VISIBLE_DEVICES=0 actpipe worker tcp://10.0.0.1:8786`
+    """
+    from actpipe.cluster.working import work_for
+
+    work_for(scheduler, name=name, seconds=lifetime)
 
 
 @app.command()

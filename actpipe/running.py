@@ -74,6 +74,7 @@ def run_recipe(
     out: str | Path | None = None,
     overrides: Iterable[str] = (),
     telemetry: Telemetry | None = None,
+    scheduler: str | None = None,
 ) -> RunSummary:
     """Run a recipe; what an earlier run of it has finished is not done again.
 
@@ -82,11 +83,13 @@ def run_recipe(
         out: The run folder; by default `runs/NAME` in the working folder.
         overrides: `key=value` settings, as `--set` takes them.
         telemetry: Who is told; by default a console on the standard error stream.
+        scheduler: Address of a Dask scheduler whose workers do the parts, in place of the recipe's `engine`.
 
     Raises:
         ActpipeError: The recipe, the model, the data or what is on disk does not fit; nothing was run.
     """
-    return run_after(lambda _: None, *prepare(recipe, out, overrides, telemetry or Telemetry()))
+    stages, context = prepare(recipe, out, overrides, telemetry or Telemetry(), scheduler=scheduler)
+    return run_after(lambda _: None, stages, context)
 
 
 def run_after(before: Callable[[RunFolder], None], stages: Sequence[Stage], context: RunContext) -> RunSummary:
@@ -133,10 +136,17 @@ def plan_recipe(
 
 
 def prepare(
-    recipe: str | Path | Mapping[str, Any], out: str | Path | None, overrides: Iterable[str], telemetry: Telemetry
+    recipe: str | Path | Mapping[str, Any],
+    out: str | Path | None,
+    overrides: Iterable[str],
+    telemetry: Telemetry,
+    *,
+    scheduler: str | None = None,
 ) -> tuple[list[Stage], RunContext]:
     """Read a recipe: its stages, and what they are given."""
     text, base = read_any(recipe)
+    if scheduler is not None:
+        overrides = [*overrides, "engine={}", "engine.kind=dask", f"engine.scheduler={scheduler}"]
     checked = load_recipe(with_overrides(text, overrides))
     name = checked.name or Path(text.title).stem
     folder = RunFolder(local_folder(out if out is not None else Path("runs") / name))
@@ -202,7 +212,8 @@ def _is_present(folder: RunFolder, kind: str) -> bool:
 def _run_stages(stages: Sequence[Stage], context: RunContext, save: Callable[[], None]) -> None:
     for stage in stages:
         context.telemetry.event("stage", stage=stage.config.stage, corpus=stage.config.corpus)
-        stage.run(context)
+        with context.engine.analysing(context):
+            stage.run(context)
         save()
     context.telemetry.event("run finished")
 

@@ -60,6 +60,9 @@ class Engine(Protocol):
     def map_items(self, items: Iterable[Any], work: MapsItems, context: RunContext) -> Iterator[Any]:
         """Yield what becomes of each item, in the order of the items."""
 
+    def analysing(self, context: RunContext) -> AbstractContextManager[None]:
+        """Within, graphs over the blocks of a store are computed by the same workers."""
+
     def close(self) -> None:
         """Let go of workers, where there are any."""
 

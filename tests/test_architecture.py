@@ -16,7 +16,8 @@ HEAVY = {
     "datasets": {"actpipe/text", "actpipe/interchange"},
     "tokenizers": {"actpipe/text"},
     "zarr": {"actpipe/stores"},
-    "dask": {"actpipe/jobs", "actpipe/stores"},
+    "dask": {"actpipe/cluster", "actpipe/jobs", "actpipe/stores"},
+    "distributed": {"actpipe/cluster"},
     "plotly": {"actpipe/report"},
     "jinja2": {"actpipe/report", "actpipe/text"},
 }
@@ -34,6 +35,7 @@ FORBIDDEN = {
     "actpipe/text": {"models", "stores", "jobs", "interchange", "extraction", "report", "stages", "stage", "running"},
     "actpipe/feed": {"models", "text", "jobs", "interchange", "extraction", "report", "stages", "stage", "running"},
     "actpipe/jobs": {"models", "text", "interchange", "extraction", "report", "stages", "stage", "running"},
+    "actpipe/cluster": {"models", "text", "interchange", "extraction", "report", "stages", "running"},
     "actpipe/interchange": {"models", "text", "jobs", "extraction", "report", "stages", "stage", "running"},
     "actpipe/extraction": {"interchange", "jobs", "report", "stages", "stage", "running"},
     "actpipe/report": {"models", "text", "jobs", "interchange", "extraction", "stages", "stage", "running"},
@@ -149,7 +151,8 @@ def test_the_command_line_has_these_flags_and_no_others():
         for name, command in group.commands.items()
     }
     assert flags == {
-        "run": ["--out", "--set"],
+        "run": ["--out", "--scheduler", "--set"],
+        "worker": ["--lifetime", "--name"],
         "plan": ["--out", "--set"],
         "hooks": ["--context", "--dtype", "--revision"],
         "check": ["--device", "--dtype", "--revision"],

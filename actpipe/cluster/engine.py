@@ -8,16 +8,18 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from typing import Any
 
 from distributed import Client, Future
 
+from actpipe.cluster.analysing import OnWorkers
 from actpipe.cluster.ledger import Attempt, Ledger, RetriesExhausted
 from actpipe.cluster.site import RESOURCE, SHARE, Place, Report, Site, do_item, do_part
 from actpipe.cluster.starting import connected
 from actpipe.errors import ActpipeError, ClusterError
 from actpipe.interrupting import INTERRUPTION
+from actpipe.jobs.blocks import computed_by
 from actpipe.records import Part
 from actpipe.schemas.engine import EngineConfig
 from actpipe.stage import DoesParts, MapsItems, RunContext
@@ -77,6 +79,12 @@ class DaskEngine:
                 yield under_way.popleft().result()
         finally:
             client.cancel(list(under_way))
+
+    def analysing(self, context: RunContext) -> AbstractContextManager[None]:
+        """Within, graphs over the blocks of a store are computed by the workers, or here where they see no store."""
+        if remote_of(context.folder.root) is not None:
+            return nullcontext()
+        return computed_by(OnWorkers(lambda: self._ready(context), self._config.retries))
 
     def close(self) -> None:
         """Let go of the cluster; one that was started for this run ends."""

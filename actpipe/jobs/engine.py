@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from actpipe.interrupting import INTERRUPTION
@@ -29,6 +30,11 @@ class InProcess:
     def map_items(self, items: Iterable[Any], work: MapsItems, context: RunContext) -> Iterator[Any]:
         """Yield what becomes of each item, in order."""
         return map(work.mapped(context), items)
+
+    def analysing(self, context: RunContext) -> AbstractContextManager[None]:
+        """Within, graphs are computed by the threads of this process."""
+        del context
+        return nullcontext()
 
     def close(self) -> None:
         """Nothing is held."""
