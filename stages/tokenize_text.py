@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain
 from typing import Any, ClassVar
 
@@ -157,7 +158,8 @@ class TokenizeText:
                 seed=source.seed,
                 allowed=ordinary_ids(context.spec.tokenizer, context.spec.shape.d_vocab),
             )
-        batches = in_batches(corpus.documents(self.config.max_documents))
+        shards = None if context.engine.is_here else corpus.shards(self.config.max_documents)
+        batches = in_batches(corpus.documents(self.config.max_documents)) if shards is None else shards
         work = _Tokenization(self.config, corpus.column_type, bos_id, closing_id)
         return chain.from_iterable(context.engine.map_items(batches, work, context))
 
@@ -196,8 +198,8 @@ class _Tokenization:
     bos_id: int | None
     closing_id: int | None
 
-    def mapped(self, context: RunContext) -> Callable[[list[SourceDocument]], list[TokenizedDocument]]:
-        """Return what takes documents."""
+    def mapped(self, context: RunContext) -> Callable[[list[SourceDocument] | range], list[TokenizedDocument]]:
+        """Return what takes documents, or the numbers of those that it reads itself."""
         is_chat = self.column_type == "messages"
         assert self.config.dataset is not None
         settings = Tokenizing(
@@ -210,7 +212,14 @@ class _Tokenization:
             max_tokens=self.config.max_document_tokens,
         )
         tokenizer = None if self.column_type == "token_ids" else context.spec.tokenizer
-        return lambda documents: tokenize(documents, tokenizer, settings)
+        dataset = self.config.dataset
+        corpus = cache(lambda: open_corpus(dataset, self.config.keep_columns, context.base))
+
+        def tokenized(documents: list[SourceDocument] | range) -> list[TokenizedDocument]:
+            read = corpus().shard(documents) if isinstance(documents, range) else documents
+            return [one for batch in in_batches(read) for one in tokenize(batch, tokenizer, settings)]
+
+        return tokenized
 
 
 def _note(record: DocumentRow, problems: dict[str, list[str]], meter: Meter) -> None:

@@ -67,11 +67,12 @@ class DaskEngine:
         """Yield what becomes of each item, in the order of the items; some are worked on ahead."""
         client = self._ready(context)
         under_way: deque[Future] = deque()
+        work_key = uuid.uuid4().hex[:12]
         try:
             for item in items:
                 INTERRUPTION.raise_if_asked()
                 under_way.append(
-                    client.submit(do_item, self._name, work, item, pure=False, retries=self._config.retries)
+                    client.submit(do_item, self._name, work_key, work, item, pure=False, retries=self._config.retries)
                 )
                 if len(under_way) >= _ITEMS_AHEAD * max(1, len(client.nthreads())):
                     yield under_way.popleft().result()

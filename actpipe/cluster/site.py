@@ -52,7 +52,7 @@ class Report:
     n_bytes: int
 
 
-class Site(WorkerPlugin):
+class Site(WorkerPlugin):  # type: ignore[misc]
     """Does parts on a worker, in a thread of its own, since hooks and inference mode belong to a thread."""
 
     def __init__(self, place: Place) -> None:
@@ -66,6 +66,8 @@ class Site(WorkerPlugin):
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="actpipe-site")
         self._context: RunContext | None = None
         self._opened: _Opened | None = None
+        self._mapping = threading.Lock()
+        self._mapped: tuple[str, Callable[[Any], Any]] | None = None
         if RESOURCE not in worker.state.total_resources:
             await worker.set_resources(**{RESOURCE: 1})
 
@@ -99,9 +101,12 @@ class Site(WorkerPlugin):
             raise
         return Report(self._worker.address, time.monotonic() - started, opened.meter.done, opened.meter.n_bytes)
 
-    def do_item(self, work: MapsItems, item: Any) -> Any:
-        """Apply the function of some work to an item."""
-        return work.mapped(self.context)(item)
+    def do_item(self, work_key: str, work: MapsItems, item: Any) -> Any:
+        """Apply the function of some work to an item; one at a time, since tokenizers take no two threads."""
+        with self._mapping:
+            if self._mapped is None or self._mapped[0] != work_key:
+                self._mapped = work_key, work.mapped(self.context)
+            return self._mapped[1](item)
 
     def _compute(self, work_key: str, work: DoesParts, part: Part) -> tuple[_Opened, Future[None]]:
         """Compute a part; in this site's own thread."""
@@ -167,9 +172,9 @@ def do_part(name: str, key: str, work_key: str, work: DoesParts, part: Part) -> 
     return _here(name).do_part(key, work_key, work, part)
 
 
-def do_item(name: str, work: MapsItems, item: Any) -> Any:
+def do_item(name: str, work_key: str, work: MapsItems, item: Any) -> Any:
     """Map an item at this worker's site; the task that a cluster is given."""
-    return _here(name).do_item(work, item)
+    return _here(name).do_item(work_key, work, item)
 
 
 def _here(name: str) -> Site:

@@ -7,7 +7,7 @@ import logging
 import signal
 import uuid
 
-from distributed import Worker
+from distributed import Security, Worker, rpc
 
 from actpipe.cluster.site import RESOURCE
 from actpipe.errors import ClusterError
@@ -38,12 +38,15 @@ def work_for(scheduler: str, *, name: str | None, seconds: float | None) -> None
 
 async def _work(scheduler: str, name: str | None, seconds: float | None) -> None:
     try:
-        worker = await Worker(
-            scheduler, nthreads=_TASKS, name=name, resources={RESOURCE: 1}, memory_limit=0, dashboard=False
-        )
-    except (OSError, TimeoutError, RuntimeError) as error:
-        cause = error.__cause__ or error
-        raise ClusterError(f"there is no Dask scheduler at {scheduler} ({cause})") from error
+        async with rpc(scheduler, connection_args=Security().get_connection_args("worker")) as there:
+            await there.identity()
+    except (OSError, TimeoutError, ValueError) as error:
+        raise ClusterError(
+            f"there is no Dask scheduler at {scheduler} ({error}); start one with `dask scheduler`"
+        ) from error
+    worker = await Worker(
+        scheduler, nthreads=_TASKS, name=name, resources={RESOURCE: 1}, memory_limit=0, dashboard=False
+    )
     asked = asyncio.Event()
     loop = asyncio.get_running_loop()
 
