@@ -6,13 +6,14 @@ import logging
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import dask
 from distributed import Client, LocalCluster, Security
 
 from actpipe.errors import ClusterError
+from actpipe.interrupting import INTERRUPTION
 from actpipe.schemas.engine import EngineConfig, KubernetesConfig, SlurmConfig
 from actpipe.telemetry import Telemetry
 
@@ -155,8 +156,11 @@ def _kubernetes(config: KubernetesConfig) -> Any:
 def _wait_for_a_worker(client: Client, telemetry: Telemetry) -> None:
     """Wait until there is someone to give parts to, and say so."""
     if not client.nthreads():
-        telemetry.say("waiting for the first worker; start more with `actpipe worker ADDRESS`, whenever you like")
-        client.wait_for_workers(1)
+        telemetry.say("waiting for the first worker: `actpipe worker ADDRESS` starts one, here or on another host")
+    while not client.nthreads():
+        INTERRUPTION.raise_if_asked()
+        with suppress(TimeoutError):
+            client.wait_for_workers(1, timeout=1)
 
 
 def _dashboard(client: Client) -> str:
