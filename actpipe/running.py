@@ -92,7 +92,7 @@ def run_after(before: Callable[[RunFolder], None], stages: Sequence[Stage], cont
     folder = context.folder
     _refuse_foreign_folder(folder)
     existed = folder.root.exists()
-    with disk_trouble_explained(folder), only_run_in(folder), at_work_in(folder.root) as save:
+    with disk_trouble_explained(folder), only_run_in(folder) as is_ours, at_work_in(folder.root) as save:
         clear_abandoned(folder)
         try:
             _check_everything(stages, context)
@@ -107,7 +107,8 @@ def run_after(before: Callable[[RunFolder], None], stages: Sequence[Stage], cont
             _write_record(folder, context.recipe, context.spec)
             save()
         finally:
-            clear_abandoned(folder)
+            if is_ours():
+                clear_abandoned(folder)
     return RunSummary(folder.root, tuple(context.findings))
 
 

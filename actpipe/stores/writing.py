@@ -20,7 +20,7 @@ import numpy.typing as npt
 import zarr
 from zarr.storage import MemoryStore
 
-from actpipe.errors import IncompleteStoreError, StorageError, StoreMismatchError
+from actpipe.errors import IncompleteStoreError, StorageRefusedError, StoreMismatchError
 from actpipe.records import Part
 from actpipe.schemas.commit import ChunkRecord, Commit, Fidelity
 from actpipe.schemas.manifest import ArrayManifest, StoreManifest
@@ -143,14 +143,14 @@ def allow_open_files(wanted: int) -> None:
     """Raise this process's limit of open files to so many more than usual, as far as the system lets it.
 
     Raises:
-        StorageError: The system does not; says both numbers.
+        StorageRefusedError: The system does not; says both numbers.
     """
     wanted += _OTHER_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft >= wanted or soft == resource.RLIM_INFINITY:
         return
     if hard != resource.RLIM_INFINITY and hard < wanted:
-        raise StorageError(
+        raise StorageRefusedError(
             f"cannot write: so many arrays need {wanted:,} open files, and this system allows {hard:,}; "
             "raise that limit (`ulimit -n`), or store fewer hooks"
         )
