@@ -17,6 +17,7 @@ from actpipe.errors import RecipeError, StoreMismatchError
 from actpipe.jobs.engine import InProcess
 from actpipe.models.hooked_model import HookedModel, ModelSpec
 from actpipe.models.loading import ModelSource
+from actpipe.operating import told_of
 from actpipe.recipes import RecipeText, check_recipe, read_recipe_text, with_overrides
 from actpipe.records import Finding
 from actpipe.schemas.base import AnalysisConfig, StageConfig
@@ -34,7 +35,7 @@ from actpipe.stage import Plans, RunContext, Stage, check_order, find_stage, for
 from actpipe.stores.cleaning import clear_abandoned
 from actpipe.stores.layout import RunFolder, disk_trouble_explained, write_whole
 from actpipe.stores.locking import only_run_in
-from actpipe.stores.remote import at_work_in, local_folder, remote_of
+from actpipe.stores.remote import at_work_in, local_folder, publish, remote_of
 from actpipe.stores.results import list_results
 from actpipe.stores.run_record import read_record
 from actpipe.stores.token_table import TokenTable
@@ -100,12 +101,13 @@ def run_after(before: Callable[[RunFolder], None], stages: Sequence[Stage], cont
             _leave_no_trace(folder, existed=existed)
             raise
         before(folder)
-        context.telemetry.log = folder.log
         try:
-            _write_record(folder, context.recipe, context.spec)
-            _run_stages(stages, context, save)
-            _write_record(folder, context.recipe, context.spec)
-            save()
+            with told_of(folder, context.telemetry), disk_trouble_explained(folder):
+                _write_record(folder, context.recipe, context.spec)
+                publish([folder.record])
+                _run_stages(stages, context, save)
+                _write_record(folder, context.recipe, context.spec)
+                save()
         finally:
             if is_ours():
                 clear_abandoned(folder)
@@ -222,10 +224,9 @@ def _is_present(folder: RunFolder, kind: str) -> bool:
 
 def _run_stages(stages: Sequence[Stage], context: RunContext, save: Callable[[], None]) -> None:
     for stage in stages:
-        context.telemetry.event("stage", stage=stage.config.stage, corpus=stage.config.corpus)
-        stage.run(context)
-        save()
-    context.telemetry.event("run finished")
+        with context.telemetry.stage(stage.config.stage, stage.config.corpus):
+            stage.run(context)
+            save()
 
 
 def _refuse_foreign_folder(folder: RunFolder) -> None:
