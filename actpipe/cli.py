@@ -145,6 +145,31 @@ def info(run: Run) -> None:
 
 
 @app.command()
+def status(
+    run: Run,
+    watch: Annotated[bool, typer.Option("--watch", help="Look again every five seconds until it ends.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line, for machines.")] = False,
+) -> None:
+    """Say what a run is doing, or how it ended; from any machine that sees its folder or URL. Changes nothing.
+
+    Exits with 0 where it is finished or at work, with 3 where it stopped before the end, with 1 where there is no run.
+    """
+    from actpipe.status import WATCH_SECONDS, describe_status, follow_run
+
+    console, code = new_console(), 0
+    for found in follow_run(run, every=WATCH_SECONDS if watch else None):
+        code = found.exit_code
+        if as_json:
+            typer.echo(found.to_json())
+            continue
+        if watch:
+            console.clear()
+        for finding in describe_status(found):
+            print_finding(console, finding)
+    raise typer.Exit(code)
+
+
+@app.command()
 def verify(
     run: Run,
     deep: Annotated[bool, typer.Option("--deep", help="Run some sequences again and compare the values.")] = False,

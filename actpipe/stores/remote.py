@@ -207,12 +207,32 @@ class Remote:
         if self.read_only:
             raise StorageRefusedError(f"{self.url} can be read only; give --out a folder, or a URL of s3, gs or az")
         self._refuse_foreign()
-        with self._lock.held() as require_ours:
+        with self.lock.held() as require_ours:
             yield require_ours
 
     @property
-    def _lock(self) -> RemoteLock:
+    def lock(self) -> RemoteLock:
+        """The lock of the run there."""
         return RemoteLock(self.url, self._objects, self._trouble_explained)
+
+    def read(self, name: str) -> bytes | None:
+        """Return an object as it is there now, and leave nothing here; None where there is none."""
+        import obstore
+
+        with suppress(FileNotFoundError), self._trouble_explained():
+            return bytes(obstore.get(self._objects, name).bytes())
+        return None
+
+    def children(self, folder: str) -> list[str]:
+        """Return the names of what is there directly in a folder."""
+        import obstore
+
+        if self.read_only:
+            raise StorageRefusedError(f"{self.url} is on a web server, which does not say what it holds; copy it here")
+        with self._trouble_explained():
+            found = obstore.list_with_delimiter(self._objects, folder or None)
+        paths = [*found["common_prefixes"], *(entry["path"] for entry in found["objects"])]
+        return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in paths)
 
     def _refuse_foreign(self) -> None:
         """Keep out of places that hold something else."""

@@ -130,13 +130,22 @@ def read_manifest(folder: RunFolder) -> StoreManifest:
     """
     path = folder.store / "zarr.json"
     try:
-        attributes = json.loads(path.read_text(encoding="utf-8"))["attributes"]
-        return StoreManifest.from_json(json.dumps(attributes[ATTRIBUTE]))
+        return parse_manifest(path.read_bytes())
     except (ValueError, LookupError, FileNotFoundError) as error:
         raise IncompleteStoreError(
             f"{path} holds no manifest ({str(error).splitlines()[0]}); "
             f"`actpipe repair {folder.root}` writes it again from the recipe"
         ) from error
+
+
+def parse_manifest(metadata: bytes) -> StoreManifest:
+    """Return the manifest in the metadata of a Zarr group.
+
+    Raises:
+        ValueError: It is no JSON, or the manifest does not fit.
+        LookupError: There is no manifest in it.
+    """
+    return StoreManifest.from_json(json.dumps(json.loads(metadata)["attributes"][ATTRIBUTE]))
 
 
 def allow_open_files(wanted: int) -> None:
@@ -371,8 +380,12 @@ def withdraw(record: Path) -> None:
 
 def committed_parts(folder: RunFolder) -> set[int]:
     """Return the numbers of the parts that are done."""
-    names = (_PART_RECORD.fullmatch(path.name) for path in folder.commits.glob("part-*.json"))
-    return {int(name[1]) for name in names if name}
+    return parts_named(path.name for path in folder.commits.glob("part-*.json"))
+
+
+def parts_named(names: Iterable[str]) -> set[int]:
+    """Return the numbers of the parts whose commit records are among some names of files."""
+    return {int(found[1]) for name in names if (found := _PART_RECORD.fullmatch(name))}
 
 
 def missing_parts(folder: RunFolder, parts: Iterable[Part]) -> list[Part]:
