@@ -16,7 +16,8 @@ class Interruption:
 
     def __init__(self) -> None:
         self._asked: int | None = None
-        self._reason: ActpipeError | None = None
+        self.reason: ActpipeError | None = None
+        """Why this process must end by itself, if it must."""
 
     @contextmanager
     def heard(self) -> Iterator[None]:
@@ -34,11 +35,11 @@ class Interruption:
 
     def end_with(self, reason: ActpipeError) -> None:
         """Ask for the end from within: the run may not go on, and nobody could raise that where parts are done."""
-        self._reason = reason
+        self.reason = reason
 
     def forget_reason(self) -> None:
         """Drop what `end_with` asked for; the run that it was meant for has ended."""
-        self._reason = None
+        self.reason = None
 
     def raise_if_asked(self) -> None:
         """End here, if someone asked: whoever does parts calls this between two of them.
@@ -48,8 +49,8 @@ class Interruption:
             SystemExit: After SIGTERM, with 143, the exit code of a process that ended because of it.
             ActpipeError: What `end_with` was given.
         """
-        if self._reason is not None:
-            raise self._reason
+        if self.reason is not None:
+            raise self.reason
         if self._asked == signal.SIGINT:
             raise KeyboardInterrupt
         if self._asked == signal.SIGTERM:
