@@ -18,6 +18,7 @@ from actpipe.contexts import load_recipe, make_context
 from actpipe.errors import RecipeError, StoreMismatchError
 from actpipe.jobs.engine import InProcess
 from actpipe.models.hooked_model import ModelSpec
+from actpipe.operating import told_of
 from actpipe.recipes import RecipeText, read_recipe_text, with_overrides
 from actpipe.records import Finding
 from actpipe.schemas.base import AnalysisConfig, StageConfig
@@ -36,7 +37,7 @@ from actpipe.stage import Engine, Plans, RunContext, Stage, check_order, find_st
 from actpipe.stores.cleaning import clear_abandoned
 from actpipe.stores.layout import RunFolder, disk_trouble_explained, write_whole
 from actpipe.stores.locking import only_run_in
-from actpipe.stores.remote import at_work_in, local_folder, remote_of
+from actpipe.stores.remote import at_work_in, local_folder, publish, remote_of
 from actpipe.stores.results import list_results
 from actpipe.stores.run_record import read_record
 from actpipe.stores.token_table import TokenTable
@@ -99,7 +100,7 @@ def run_after(before: Callable[[RunFolder], None], stages: Sequence[Stage], cont
     existed = folder.root.exists()
     with (
         disk_trouble_explained(folder),
-        only_run_in(folder),
+        only_run_in(folder) as is_ours,
         at_work_in(folder.root) as save,
         closing(context.engine),
     ):
@@ -110,14 +111,16 @@ def run_after(before: Callable[[RunFolder], None], stages: Sequence[Stage], cont
             _leave_no_trace(folder, existed=existed)
             raise
         before(folder)
-        context.telemetry.log = folder.log
         try:
-            _write_record(folder, context.recipe, context.spec)
-            _run_stages(stages, context, save)
-            _write_record(folder, context.recipe, context.spec)
-            save()
+            with told_of(folder, context.telemetry), disk_trouble_explained(folder):
+                _write_record(folder, context.recipe, context.spec)
+                publish([folder.record])
+                _run_stages(stages, context, save)
+                _write_record(folder, context.recipe, context.spec)
+                save()
         finally:
-            clear_abandoned(folder)
+            if is_ours():
+                clear_abandoned(folder)
     return RunSummary(folder.root, tuple(context.findings))
 
 
@@ -211,11 +214,9 @@ def _is_present(folder: RunFolder, kind: str) -> bool:
 
 def _run_stages(stages: Sequence[Stage], context: RunContext, save: Callable[[], None]) -> None:
     for stage in stages:
-        context.telemetry.event("stage", stage=stage.config.stage, corpus=stage.config.corpus)
-        with context.engine.analysing(context):
+        with context.telemetry.stage(stage.config.stage, stage.config.corpus), context.engine.analysing(context):
             stage.run(context)
-        save()
-    context.telemetry.event("run finished")
+            save()
 
 
 def _refuse_foreign_folder(folder: RunFolder) -> None:

@@ -225,7 +225,6 @@ class _Watch:
             self._sites[report.worker] = report
             for other in self._ledger.finish(key, time.monotonic()):
                 self._drop(other)
-            self._telemetry.count("parts", 1)
             return
         error = _error_of(future)
         if _is_final(error):

@@ -22,7 +22,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 
-from actpipe.errors import StorageError, StoreMismatchError
+from actpipe.errors import StorageError, StorageRefusedError, StoreMismatchError
 from actpipe.stores.layout import write_whole
 from actpipe.stores.remote_locking import LOCK_NAME, RemoteLock
 
@@ -237,18 +237,42 @@ class Remote:
                 total -= size
 
     @contextmanager
-    def only_run(self) -> Iterator[None]:
-        """Keep other runs out, on whatever host.
+    def only_run(self) -> Iterator[Callable[[], None]]:
+        """Keep other runs out, on whatever host; gives a function that raises once another has taken over.
 
         Raises:
             StoreMismatchError: Another process is at work there, or something else is there.
             StorageError: Nothing can be written there.
         """
         if self.read_only:
-            raise StorageError(f"{self.url} can be read only; give --out a folder, or a URL of s3, gs or az")
+            raise StorageRefusedError(f"{self.url} can be read only; give --out a folder, or a URL of s3, gs or az")
         self._refuse_foreign()
-        with RemoteLock(self.url, self._objects, self._trouble_explained).held():
-            yield
+        with self.lock.held() as require_ours:
+            yield require_ours
+
+    @property
+    def lock(self) -> RemoteLock:
+        """The lock of the run there."""
+        return RemoteLock(self.url, self._objects, self._trouble_explained)
+
+    def read(self, name: str) -> bytes | None:
+        """Return an object as it is there now, and leave nothing here; None where there is none."""
+        import obstore
+
+        with suppress(FileNotFoundError), self._trouble_explained():
+            return bytes(obstore.get(self._objects, name).bytes())
+        return None
+
+    def children(self, folder: str) -> list[str]:
+        """Return the names of what is there directly in a folder."""
+        import obstore
+
+        if self.read_only:
+            raise StorageRefusedError(f"{self.url} is on a web server, which does not say what it holds; copy it here")
+        with self._trouble_explained():
+            found = obstore.list_with_delimiter(self._objects, folder or None)
+        paths = [*found["common_prefixes"], *(entry["path"] for entry in found["objects"])]
+        return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in paths)
 
     def _refuse_foreign(self) -> None:
         """Keep out of places that hold something else."""
@@ -318,7 +342,7 @@ class Remote:
         try:
             import obstore
         except ImportError as error:
-            raise StorageError(f"{self.url} needs `pip install 'actpipe[remote]'`") from error
+            raise StorageRefusedError(f"{self.url} needs `pip install 'actpipe[remote]'`") from error
         try:
             yield
         except (obstore.exceptions.AlreadyExistsError, obstore.exceptions.PreconditionError):
@@ -334,10 +358,17 @@ def _is_metadata(name: str) -> bool:
 
 
 def _explain(url: str, error: Exception) -> NoReturn:
+    import obstore
+
     lines = str(error).strip().splitlines()
+    reason = lines[0] if lines else type(error).__name__
+    if isinstance(error, obstore.exceptions.PermissionDeniedError | obstore.exceptions.UnauthenticatedError):
+        raise StorageRefusedError(
+            f"{url} lets us not in ({reason}); what is committed stays valid, give the same command again with "
+            "credentials that may read and write there"
+        ) from error
     raise StorageError(
-        f"{url} is out of reach ({lines[0] if lines else type(error).__name__}); what is committed stays valid, give "
-        "the same command again once it is back"
+        f"{url} is out of reach ({reason}); what is committed stays valid, give the same command again once it is back"
     ) from error
 
 
@@ -365,9 +396,14 @@ def at_work_in(folder: Path) -> Iterator[Callable[[], None]]:
     if remote is None:
         yield lambda: None
         return
-    with remote.only_run():
+    with remote.only_run() as require_ours:
         remote.pull()
-        yield remote.push
+
+        def save() -> None:
+            require_ours()
+            remote.push()
+
+        yield save
 
 
 @contextmanager

@@ -20,7 +20,7 @@ import numpy.typing as npt
 import zarr
 from zarr.storage import MemoryStore
 
-from actpipe.errors import IncompleteStoreError, StorageError, StoreMismatchError
+from actpipe.errors import IncompleteStoreError, StorageRefusedError, StoreMismatchError
 from actpipe.records import Part
 from actpipe.schemas.commit import ChunkRecord, Commit, Fidelity
 from actpipe.schemas.manifest import ArrayManifest, StoreManifest
@@ -131,8 +131,7 @@ def read_manifest(folder: RunFolder) -> StoreManifest:
     """
     path = folder.store / "zarr.json"
     try:
-        attributes = json.loads(path.read_text(encoding="utf-8"))["attributes"]
-        return StoreManifest.from_json(json.dumps(attributes[ATTRIBUTE]))
+        return parse_manifest(path.read_bytes())
     except (ValueError, LookupError, FileNotFoundError) as error:
         raise IncompleteStoreError(
             f"{path} holds no manifest ({str(error).splitlines()[0]}); "
@@ -140,18 +139,28 @@ def read_manifest(folder: RunFolder) -> StoreManifest:
         ) from error
 
 
+def parse_manifest(metadata: bytes) -> StoreManifest:
+    """Return the manifest in the metadata of a Zarr group.
+
+    Raises:
+        ValueError: It is no JSON, or the manifest does not fit.
+        LookupError: There is no manifest in it.
+    """
+    return StoreManifest.from_json(json.dumps(json.loads(metadata)["attributes"][ATTRIBUTE]))
+
+
 def allow_open_files(wanted: int) -> None:
     """Raise this process's limit of open files to so many more than usual, as far as the system lets it.
 
     Raises:
-        StorageError: The system does not; says both numbers.
+        StorageRefusedError: The system does not; says both numbers.
     """
     wanted += _OTHER_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft >= wanted or soft == resource.RLIM_INFINITY:
         return
     if hard != resource.RLIM_INFINITY and hard < wanted:
-        raise StorageError(
+        raise StorageRefusedError(
             f"cannot write: so many arrays need {wanted:,} open files, and this system allows {hard:,}; "
             "raise that limit (`ulimit -n`), or store fewer hooks"
         )
@@ -376,8 +385,12 @@ def withdraw(record: Path) -> None:
 
 def committed_parts(folder: RunFolder) -> set[int]:
     """Return the numbers of the parts that are done."""
-    names = (_PART_RECORD.fullmatch(path.name) for path in folder.commits.glob("part-*.json"))
-    return {int(name[1]) for name in names if name}
+    return parts_named(path.name for path in folder.commits.glob("part-*.json"))
+
+
+def parts_named(names: Iterable[str]) -> set[int]:
+    """Return the numbers of the parts whose commit records are among some names of files."""
+    return {int(found[1]) for name in names if (found := _PART_RECORD.fullmatch(name))}
 
 
 def missing_parts(folder: RunFolder, parts: Iterable[Part]) -> list[Part]:

@@ -96,7 +96,7 @@ def test_no_scheduler_at_an_address_is_said_in_one_line(tmp_path, monkeypatch):
     worker = actpipe("worker", "tcp://127.0.0.1:1")
     output, _ = worker.communicate(timeout=60)
 
-    assert worker.returncode == 1
+    assert worker.returncode == 75
     assert "there is no Dask scheduler at tcp://127.0.0.1:1" in output
     assert "Traceback" not in output
 
