@@ -53,6 +53,10 @@ class StorageError(ActpipeError, OSError):
     """The disk is full, read-only or out of reach; what is committed stays valid."""
 
 
+class DeviceMemoryError(ActpipeError, MemoryError):
+    """A device's memory does not suffice, however little is run at once."""
+
+
 class DtypeOverflowError(ActpipeError, OverflowError):
     """Finite activations do not fit the element type they are stored in."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,22 @@ _LINE_SECONDS = 10.0
 
 
 class Meter:
-    """Counts units and bytes of one piece of work, and shows them."""
+    """Counts units and bytes of one piece of work, and shows them.
 
-    def __init__(self, title: str, total: int | None, unit: str) -> None:
+    Args:
+        title: What the work is.
+        total: How many units there are, where that is known.
+        unit: What is counted.
+        note: Who is told of what happens on the way: `(text, kind of event, **fields)`.
+    """
+
+    def __init__(
+        self, title: str, total: int | None, unit: str, note: Callable[..., None] = lambda *_, **__: None
+    ) -> None:
         self.title = title
         self.total = total
         self.unit = unit
+        self.note = note
         self.done = 0
         self.n_bytes = 0
         self._started = time.monotonic()
@@ -91,10 +101,15 @@ class Telemetry:
         """Tell people something, once."""
         self.console.print(text, highlight=False, soft_wrap=True)
 
+    def note(self, text: str, kind: str, **fields: Any) -> None:
+        """Tell people something, and log it as an event."""
+        self.say(text)
+        self.event(kind, **fields)
+
     @contextmanager
     def progress(self, title: str, total: int | None, unit: str) -> Iterator[Meter]:
         """Show the progress of one piece of work, and log its end."""
-        meter = Meter(title, total, unit)
+        meter = Meter(title, total, unit, self.note)
         show = self._bar(meter) if self.console.is_terminal else self._lines(meter)
         with show:
             yield meter

@@ -157,6 +157,16 @@ class PartialSums:
         return states
 
 
+@dataclass(frozen=True)
+class _Mark:
+    """What a worker had when a batch began."""
+
+    states: dict[str, State]
+    not_finite: dict[str, torch.Tensor]
+    n_known: int
+    n_done: int
+
+
 class ReducingWorker:
     """Does one part at a time: forward passes, sums on the model's device, and what they gave on the disk."""
 
@@ -180,6 +190,7 @@ class ReducingWorker:
         self._known: list[dict[str, np.ndarray]] = []
         self._placement: Placement
         self._tokens: RowTokens
+        self._marked: _Mark
 
     @classmethod
     @contextmanager
@@ -196,7 +207,7 @@ class ReducingWorker:
     ) -> Iterator[ReducingWorker]:
         """Hook the model."""
         worker = cls(config, model, sums, meter, derivations)
-        passes = Passes(model, tokens, kept, worker, batch_tokens=config.batch_tokens)
+        passes = Passes(model, tokens, kept, worker, batch_tokens=config.batch_tokens, note=meter.note)
         with passes.open(model.select(captured_hooks(config))) as worker._run_part:
             yield worker
 
@@ -216,6 +227,16 @@ class ReducingWorker:
                 )
         self._look_up_tokens(part)
         self._sums.write(part, self._states)
+
+    def mark(self) -> None:
+        """Keep what there is; merging makes new states and leaves these as they are."""
+        self._marked = _Mark(dict(self._states), dict(self._not_finite), len(self._known), self._meter.done)
+
+    def undo(self) -> None:
+        """Go back to what was there at the mark."""
+        self._states, self._not_finite = dict(self._marked.states), dict(self._marked.not_finite)
+        del self._known[self._marked.n_known :]
+        self._meter.advance(self._marked.n_done - self._meter.done)
 
     def begin(self, placement: Placement) -> None:
         """Note which rows a pass gives."""

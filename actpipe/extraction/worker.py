@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -46,6 +47,12 @@ class PartSink(Protocol):
     def count_clipped(self, array: str, count: int) -> None:
         """Note that values were clipped."""
 
+    def mark(self) -> None:
+        """What came until now is final."""
+
+    def undo(self) -> None:
+        """The rows since the mark do not count, and will come again."""
+
     def commit(self) -> None:
         """All rows were handed over."""
 
@@ -78,6 +85,7 @@ class ExtractionWorker:
         self._meter: Meter
         self._writer: PartSink
         self._unfinished: set[PartSink] = set()
+        self._marked = (0, 0)
         self._runs: Runs
         self._normalized: torch.Tensor
 
@@ -113,6 +121,7 @@ class ExtractionWorker:
             worker,
             batch_tokens=config.batch_tokens,
             chunk_tokens=config.chunk_tokens,
+            note=meter.note,
         )
         with ExitStack() as stack:
             stack.callback(worker._abandon_unfinished)
@@ -136,6 +145,27 @@ class ExtractionWorker:
         """Remove the files of parts that an error or an interruption cut off."""
         for writer in self._unfinished:
             writer.abandon()
+
+    def mark(self) -> None:
+        """Note, in the order of the writes, what is final."""
+        self._writing.put(partial(self._mark, self._writer), 0)
+
+    def _mark(self, writer: PartSink) -> None:
+        writer.mark()
+        self._marked = self._meter.done, self._meter.n_bytes
+
+    def undo(self) -> None:
+        """Let what was handed over be written, since what follows is written over it; then count as before."""
+        self._normalized = torch.empty(0)
+        undone = threading.Event()
+        self._writing.put(partial(self._undo, self._writer, undone), 0)
+        self._writing.wait_until(undone.is_set)
+
+    def _undo(self, writer: PartSink, undone: threading.Event) -> None:
+        writer.undo()
+        done, n_bytes = self._marked
+        self._meter.advance(done - self._meter.done, n_bytes - self._meter.n_bytes)
+        undone.set()
 
     def begin(self, placement: Placement) -> None:
         """Store ids, positions and sequence numbers of a pass' rows."""
@@ -180,7 +210,7 @@ class ExtractionWorker:
 
     def _overflow(self, name: str, array: ArrayManifest, count: int) -> None:
         if self._config.on_overflow == "clip":
-            self._writer.count_clipped(array.path, count)
+            self._writing.put(partial(self._writer.count_clipped, array.path, count), 0)
             return
         layer = self._model.hook_points[name].layer
         where = "" if layer is None else f" (layer {layer})"
