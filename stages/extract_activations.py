@@ -15,6 +15,8 @@ from actpipe.extraction.estimate import estimate, row_bytes
 from actpipe.extraction.keeping import most_rows, settle_rows
 from actpipe.extraction.layout import check_encoding, check_rows_per_part, plan_store
 from actpipe.extraction.proof import prove_hooks
+from actpipe.extraction.settling import find_batch_tokens, settle_batch_tokens
+from actpipe.extraction.trial import tokens_per_second
 from actpipe.extraction.worker import ExtractionWorker
 from actpipe.hooks import ModelShape
 from actpipe.model_inputs import ModelInputs, inputs_of, special_token_ids
@@ -57,7 +59,8 @@ class ExtractActivations:
         check_rows_per_part(self.config, inputs)
         if inputs.n_prefix or self.config.chunk_tokens is not None:
             self._check_pieces(context)
-        if context.recipe.model.device_map is None and not is_complete(context.corpus(self.config)):
+        here = context.devices is None and context.recipe.model.device_map is None
+        if here and not is_complete(context.corpus(self.config)):
             resolve_device(context.recipe.model.device)
 
     def plan(self, context: RunContext) -> Finding:
@@ -68,7 +71,13 @@ class ExtractActivations:
         inputs = inputs_of(context, self.config.corpus)
         derivations = self._derivations(context, inputs)
         manifest = plan_store(self.config, context.spec, n_rows=n_rows, inputs=inputs, derivations=derivations)
-        return estimate(self.config, manifest, context.model)
+        config, speed = self.config, None
+        if context.devices is None:
+            model, length = context.model, inputs.context_length
+            found, _ = find_batch_tokens(config, model, length, derivations)
+            config = config.model_copy(update={"batch_tokens": found})
+            speed = tokens_per_second(config, model, derivations, length), str(model.device)
+        return estimate(config, manifest, context.spec.n_bytes, speed)
 
     def run(self, context: RunContext) -> None:
         """Do every part that has no commit record; doing one twice changes nothing."""
@@ -112,6 +121,14 @@ class ExtractActivations:
         prove_hooks(context.model, TokenTable(folder), names)
         if TokenTable(folder).manifest.prefix_ids or self.config.chunk_tokens is not None:
             prove_cache(context.model, names)
+        settle_batch_tokens(
+            self.config,
+            folder,
+            lambda: context.model,
+            context_length=manifest.context_length,
+            derivations=derivations,
+            note=context.telemetry.note,
+        )
         n_rows = sum(part.n_rows for part in missing)
         if n_rows < manifest.n_rows:
             context.telemetry.say(

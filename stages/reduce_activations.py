@@ -19,6 +19,7 @@ from actpipe.extraction.deriving import Derivation, captured_hooks, plan_derivat
 from actpipe.extraction.keeping import settle_rows
 from actpipe.extraction.proof import prove_hooks
 from actpipe.extraction.reducing import PartialSums, Reduced, ReducingWorker, check_statistics, merge_all, reduced_of
+from actpipe.extraction.settling import settle_batch_tokens
 from actpipe.hooks import HookPoint
 from actpipe.model_inputs import inputs_of, special_token_ids
 from actpipe.planning import plan_parts
@@ -116,6 +117,14 @@ class ReduceActivations:
             return
         prove_hooks(context.model, tokens, context.spec.select(captured_hooks(self.config)))
         derivations = self._derivations(context)
+        settle_batch_tokens(
+            self.config,
+            sums.folder,
+            lambda: context.model,
+            context_length=tokens.manifest.context_length,
+            derivations=derivations,
+            note=context.telemetry.note,
+        )
         n_rows = sum(part.n_rows for part in parts)
         with (
             context.telemetry.progress(f"{self.config.name} {self.config.corpus}", n_rows, "tokens") as meter,

@@ -150,7 +150,7 @@ def test_the_command_line_has_these_flags_and_no_others():
     }
     assert flags == {
         "run": ["--out", "--set"],
-        "plan": ["--out", "--set"],
+        "plan": ["--device-memory", "--devices", "--out", "--set"],
         "hooks": ["--context", "--dtype", "--revision"],
         "check": ["--device", "--dtype", "--revision"],
         "info": [],

@@ -27,6 +27,7 @@ from actpipe.compute.accumulators import (
 )
 from actpipe.compute.heads import PATTERNS, HeadScoreSums, detection_pattern, score_heads
 from actpipe.errors import DtypeOverflowError, RecipeError
+from actpipe.extraction.batch_size import batch_tokens_of
 from actpipe.extraction.deriving import Derivation, captured_hooks
 from actpipe.extraction.passes import Passes, Placement
 from actpipe.hooks import HookPoint, ModelShape
@@ -106,12 +107,19 @@ def check_statistics(
     if scored and config.keep is not None:
         raise RecipeError("pattern_scores are of whole sequences; leave out `keep`")
     reduced = reduced_of(points, derivations, shape, context_length)
-    needed = sum(_state_bytes(config, prod(one.shape), shape, context_length) for one in reduced)
+    needed = statistics_bytes(config, reduced, shape, context_length)
     if needed > config.max_bytes:
         raise RecipeError(
             f"{config.name} needs {needed:,} bytes of memory for {', '.join(config.statistics)} of {len(reduced)} "
             f"activations, and max_bytes is {config.max_bytes:,}; name fewer hooks or raise it"
         )
+
+
+def statistics_bytes(
+    config: ReduceActivationsConfig, reduced: Iterable[Reduced], shape: ModelShape, context_length: int
+) -> int:
+    """Return the bytes that statistics take on the model's device."""
+    return sum(_state_bytes(config, prod(one.shape), shape, context_length) for one in reduced)
 
 
 def _state_bytes(config: ReduceActivationsConfig, d: int, shape: ModelShape, context_length: int) -> int:
@@ -207,7 +215,7 @@ class ReducingWorker:
     ) -> Iterator[ReducingWorker]:
         """Hook the model."""
         worker = cls(config, model, sums, meter, derivations)
-        passes = Passes(model, tokens, kept, worker, batch_tokens=config.batch_tokens, note=meter.note)
+        passes = Passes(model, tokens, kept, worker, batch_tokens=batch_tokens_of(config, sums.folder), note=meter.note)
         with passes.open(model.select(captured_hooks(config))) as worker._run_part:
             yield worker
 

@@ -14,6 +14,7 @@ import torch
 from actpipe.compute.casting import cast_rows
 from actpipe.compute.next_token import next_token_metrics
 from actpipe.errors import DtypeOverflowError
+from actpipe.extraction.batch_size import batch_tokens_of
 from actpipe.extraction.deriving import Derivation
 from actpipe.extraction.passes import Passes, Placement, Runs
 from actpipe.extraction.staging import Landing, Staging
@@ -119,7 +120,7 @@ class ExtractionWorker:
             TokenTable(folder),
             None if manifest.kept_rows is None else KeptRows(folder),
             worker,
-            batch_tokens=config.batch_tokens,
+            batch_tokens=batch_tokens_of(config, folder),
             chunk_tokens=config.chunk_tokens,
             note=meter.note,
         )

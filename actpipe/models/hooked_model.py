@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -18,6 +19,8 @@ from actpipe.models.encoder_inputs import add_encoder_inputs
 from actpipe.models.families.entry import Family
 from actpipe.models.generation import GenerationMethods
 from actpipe.models.loading import (
+    DeviceMap,
+    MaxMemory,
     ModelSource,
     compute_dtype,
     identify,
@@ -74,6 +77,22 @@ class ModelSpec:
         """Number of weights; tied ones count once."""
         return sum(parameter.numel() for parameter in self.anatomy.native.parameters())
 
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the weights as they are loaded; those of a quantised checkpoint as if it were not."""
+        return self.n_parameters * self._item_bytes
+
+    @property
+    def largest_block_bytes(self) -> int:
+        """Bytes of the largest block, the most that is never spread over devices."""
+        sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in self.anatomy.blocks]
+        return max(sizes) * self._item_bytes
+
+    @property
+    def _item_bytes(self) -> int:
+        dtype: torch.dtype = getattr(torch, self.identity.dtype)
+        return dtype.itemsize
+
     def select(self, patterns: Iterable[HookName]) -> tuple[str, ...]:
         """Resolve hook names and patterns; see `actpipe.hooks.select_hooks`."""
         return select_hooks(patterns, self.hook_points, n_layers=self.shape.n_layers)
@@ -117,7 +136,9 @@ class HookedModel(GenerationMethods):
         revision: str | None = None,
         dtype: str = "auto",
         device: str = "auto",
-        device_map: str | dict[str, int | str] | None = None,
+        device_map: DeviceMap = None,
+        max_memory: MaxMemory = None,
+        offload_folder: str | Path | None = None,
         trust_remote_code: bool = False,
         convention: Convention = "native",
     ) -> Self:
@@ -128,7 +149,10 @@ class HookedModel(GenerationMethods):
             revision: Branch, tag or commit on the hub.
             dtype: `float32`, `float16`, `bfloat16`, or `auto` for the checkpoint's own.
             device: `cpu`, `cuda`, `cuda:1`; `auto` takes an accelerator where there is one.
-            device_map: Spread the model over devices with accelerate, in place of `device`.
+            device_map: Spread the model over devices, the host's memory and the disk with accelerate, in place of
+                `device`.
+            max_memory: Most that may be put on each of those: bytes, or `40GiB`, by number or `cpu`.
+            offload_folder: Where weights wait that are put on the disk; without it, in the checkpoint's own files.
             trust_remote_code: Run code that comes with the model.
             convention: `native`, or `processed` for TransformerLens' default weight processing.
 
@@ -137,7 +161,15 @@ class HookedModel(GenerationMethods):
             UnsupportedModelError: No entry says where its parts are.
         """
         source = ModelSource(name, revision, trust_remote_code)
-        return cls.from_source(source, dtype=dtype, device=device, device_map=device_map, convention=convention)
+        return cls.from_source(
+            source,
+            dtype=dtype,
+            device=device,
+            device_map=device_map,
+            max_memory=max_memory,
+            offload_folder=offload_folder,
+            convention=convention,
+        )
 
     @classmethod
     def from_source(
@@ -146,13 +178,22 @@ class HookedModel(GenerationMethods):
         *,
         dtype: str,
         device: str,
-        device_map: str | dict[str, int | str] | None,
+        device_map: DeviceMap,
+        max_memory: MaxMemory = None,
+        offload_folder: str | Path | None = None,
         convention: Convention = "native",
     ) -> Self:
         """Load a model; see `from_pretrained`."""
         config = load_config(source)
         find_anatomy(load_skeleton(source, config), family_for(config, trust_remote_code=source.trust_remote_code))
-        native = load_native(source, dtype=dtype, device=device, device_map=device_map)
+        native = load_native(
+            source,
+            dtype=dtype,
+            device=device,
+            device_map=device_map,
+            max_memory=max_memory,
+            offload_folder=offload_folder,
+        )
         model = cls(native, source, convention)
         if not model.anatomy.family.by_structure:
             return model

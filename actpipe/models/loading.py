@@ -105,11 +105,29 @@ def load_skeleton(source: ModelSource, config: Any) -> PreTrainedModel:
     return model.eval()
 
 
+DeviceMap = str | dict[str, int | str] | None
+MaxMemory = Mapping[str, int | str] | None
+
+
 def load_native(
-    source: ModelSource, *, dtype: str, device: str, device_map: str | dict[str, int | str] | None
+    source: ModelSource,
+    *,
+    dtype: str,
+    device: str,
+    device_map: DeviceMap,
+    max_memory: MaxMemory = None,
+    offload_folder: str | Path | None = None,
 ) -> PreTrainedModel:
-    """Load a language model with its weights, ready to run and never to train."""
+    """Load a language model with its weights, ready to run and never to train.
+
+    Raises:
+        ModelLoadError: It cannot be read, or lacks weights, or does not fit where it is to be put.
+    """
     placed: dict[str, Any] = {} if device_map is None else {"device_map": device_map}
+    if max_memory is not None:
+        placed["max_memory"] = {int(key) if key.isdigit() else key: most for key, most in max_memory.items()}
+    if offload_folder is not None:
+        placed["offload_folder"] = str(offload_folder)
     classes = classes_to_try(load_config(source))
     for number, chosen in enumerate(classes, start=1):
         try:
