@@ -11,6 +11,9 @@ from actpipe.schemas.eval_analyses import EvaluateModelConfig
 from actpipe.schemas.reducing import ReduceActivationsConfig
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
+Bytes = Annotated[str, Field(pattern=r"^\d+(\.\d+)?([KMGT]i?)?B$")]
+"""An amount of memory with its unit: `40GiB`, `80GB`."""
+
 
 class ModelConfig(Contract):
     """Which model is run, and where."""
@@ -26,7 +29,7 @@ class ModelConfig(Contract):
     device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | dict[str, int | str] | None = None
     """Spread one model over several devices with accelerate, and over the host's memory (`cpu`) and the `disk`; then
     `device` must stay `auto`. Not part of what is stored."""
-    max_memory: dict[NonEmpty, PositiveInt | NonEmpty] | None = None
+    max_memory: dict[NonEmpty, PositiveInt | Bytes] | None = None
     """Most that `device_map` may put on each device: bytes, or `40GiB`, by the device's number, or `cpu`."""
     offload_folder: NonEmpty | None = None
     """Folder for weights that `device_map` puts on the disk, relative to the recipe's own; without it they are read

@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from actpipe.errors import ModelLoadError, RecipeError, did_you_mean
 from actpipe.models.model_class import auto_class, classes_to_try
+from actpipe.planning import parse_bytes
 from actpipe.schemas.manifest import ModelIdentity
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf")
@@ -125,7 +126,10 @@ def load_native(
     """
     placed: dict[str, Any] = {} if device_map is None else {"device_map": device_map}
     if max_memory is not None:
-        placed["max_memory"] = {int(key) if key.isdigit() else key: most for key, most in max_memory.items()}
+        placed["max_memory"] = {
+            int(key) if key.isdigit() else key: parse_bytes(most) if isinstance(most, str) else most
+            for key, most in max_memory.items()
+        }
     if offload_folder is not None:
         placed["offload_folder"] = str(offload_folder)
     classes = classes_to_try(load_config(source))
