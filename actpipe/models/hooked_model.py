@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -10,6 +11,7 @@ from typing import Any, Self
 import torch
 from transformers import PreTrainedModel
 
+from actpipe.errors import ModelLoadError, UnknownHookError
 from actpipe.hooks import HookName, HookPoint, ModelShape, build_catalogue, select_hooks
 from actpipe.models.anatomy import Anatomy, find_anatomy
 from actpipe.models.caching import KeyValueCache, real_positions
@@ -36,6 +38,11 @@ from actpipe.models.recognition import family_for
 from actpipe.models.taps import UNEMBED_INPUT, Tap, tap_for, unembed_input_tap
 from actpipe.models.weights import Weights
 from actpipe.schemas.manifest import ModelIdentity
+
+_CANNOT_BE_SPLIT = (
+    "tensor_parallel needs a model of a family with an entry of its own, in the convention `native`, and places it by "
+    "itself: leave out `device` and `device_map`"
+)
 
 
 class ModelSpec:
@@ -139,6 +146,7 @@ class HookedModel(GenerationMethods):
         device_map: DeviceMap = None,
         max_memory: MaxMemory = None,
         offload_folder: str | Path | None = None,
+        tensor_parallel: bool = False,
         trust_remote_code: bool = False,
         convention: Convention = "native",
     ) -> Self:
@@ -153,6 +161,8 @@ class HookedModel(GenerationMethods):
                 `device`.
             max_memory: Most that may be put on each of those: bytes, or `40GiB`, by number or `cpu`.
             offload_folder: Where weights wait that are put on the disk; without it, in the checkpoint's own files.
+            tensor_parallel: Split every matrix over the processes of `torchrun`, which then all run the same calls.
+                Names of which each process has a piece only are not offered, nor are weights.
             trust_remote_code: Run code that comes with the model.
             convention: `native`, or `processed` for TransformerLens' default weight processing.
 
@@ -168,6 +178,7 @@ class HookedModel(GenerationMethods):
             device_map=device_map,
             max_memory=max_memory,
             offload_folder=offload_folder,
+            tensor_parallel=tensor_parallel,
             convention=convention,
         )
 
@@ -181,11 +192,20 @@ class HookedModel(GenerationMethods):
         device_map: DeviceMap,
         max_memory: MaxMemory = None,
         offload_folder: str | Path | None = None,
+        tensor_parallel: bool = False,
         convention: Convention = "native",
     ) -> Self:
         """Load a model; see `from_pretrained`."""
         config = load_config(source)
-        find_anatomy(load_skeleton(source, config), family_for(config, trust_remote_code=source.trust_remote_code))
+        skeleton, family = load_skeleton(source, config), family_for(config, trust_remote_code=source.trust_remote_code)
+        find_anatomy(skeleton, family)
+        split = None
+        if tensor_parallel:
+            from actpipe.models.sharding import kinds_in_pieces, split_over_processes  # it runs hooked models
+
+            if device_map is not None or device != "auto" or convention != "native" or family.by_structure:
+                raise ModelLoadError(_CANNOT_BE_SPLIT)
+            split = split_over_processes(skeleton)
         native = load_native(
             source,
             dtype=dtype,
@@ -193,8 +213,12 @@ class HookedModel(GenerationMethods):
             device_map=device_map,
             max_memory=max_memory,
             offload_folder=offload_folder,
+            split=split,
         )
         model = cls(native, source, convention)
+        if split is not None:
+            withheld = {**family.withheld, **kinds_in_pieces(model)}
+            return cls(native, source, convention, replace(family, withheld=withheld))
         if not model.anatomy.family.by_structure:
             return model
         from actpipe.models.recognition.recognising import prove_loaded  # it runs hooked models: imported last
@@ -232,8 +256,21 @@ class HookedModel(GenerationMethods):
         return self.native.dtype
 
     def select(self, patterns: Iterable[HookName]) -> tuple[str, ...]:
-        """Resolve hook names and patterns; see `actpipe.hooks.select_hooks`."""
-        return select_hooks(patterns, self.hook_points, n_layers=self.shape.n_layers)
+        """Resolve hook names and patterns; see `actpipe.hooks.select_hooks`.
+
+        Raises:
+            UnknownHookError: A pattern matches nothing, or only what is withheld of this model; says why.
+        """
+        patterns = tuple(patterns)
+        try:
+            return select_hooks(patterns, self.hook_points, n_layers=self.shape.n_layers)
+        except UnknownHookError as error:
+            whole = build_catalogue(replace(self.shape, withheld=()))
+            for name in select_hooks(patterns, whole, n_layers=self.shape.n_layers):
+                reason = self.anatomy.family.withheld.get(whole[name].kind)
+                if reason is not None:
+                    raise UnknownHookError(f"{name} is not offered of this model: {reason}") from error
+            raise
 
     def capture(self, names: Iterable[str], sink: Sink, *, stop: bool) -> Capture:
         """Return hooks for exact names (`UNEMBED_INPUT` too), to be used in a `with` block; see `Capture`."""

@@ -118,13 +118,16 @@ def load_native(
     device_map: DeviceMap,
     max_memory: MaxMemory = None,
     offload_folder: str | Path | None = None,
+    split: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
     """Load a language model with its weights, ready to run and never to train.
+
+    `split` is what `from_pretrained` is given where processes share the model; each then loads its pieces.
 
     Raises:
         ModelLoadError: It cannot be read, or lacks weights, or does not fit where it is to be put.
     """
-    placed: dict[str, Any] = {} if device_map is None else {"device_map": device_map}
+    placed: dict[str, Any] = dict(split or {}) if device_map is None else {"device_map": device_map}
     if max_memory is not None:
         placed["max_memory"] = {
             int(key) if key.isdigit() else key: parse_bytes(most) if isinstance(most, str) else most
@@ -146,7 +149,7 @@ def load_native(
         if not missing:
             break
     _refuse_random_weights(source, model, missing)
-    if device_map is None:
+    if device_map is None and split is None:
         model = model.to(resolve_device(device))
     return model.eval().requires_grad_(False)
 
