@@ -114,15 +114,30 @@ def worker(
 
 
 @app.command()
-def plan(recipe: Recipe, out: Out = None, set_: Set = None) -> None:
-    """Say what a recipe will cost before anything runs: tokens, bytes, parts, memory, time.
+def plan(
+    recipe: Recipe,
+    out: Out = None,
+    set_: Set = None,
+    devices: Annotated[
+        int | None, typer.Option(min=1, help="Plan for so many devices, not for this machine's.", show_default=False)
+    ] = None,
+    device_memory: Annotated[
+        str | None, typer.Option(help="Memory of each of them, such as 80GB.", show_default=False)
+    ] = None,
+) -> None:
+    """Say what a recipe will cost before anything runs: tokens, bytes, parts, memory, time, and on which devices.
 
-    Tokenizes a sample of the documents and times one batch of the model.
+    Tokenizes a sample of the documents and times one batch of the model. For devices that are given by hand, no
+    weights are loaded.
+
+    Example: `actpipe plan recipe.yaml --devices 8 --device-memory 80GB`
     """
+    from actpipe.planning import devices_by_hand
     from actpipe.running import plan_recipe
 
     console = new_console()
-    for finding in plan_recipe(recipe, out=out, overrides=set_ or ()):
+    by_hand = devices_by_hand(devices, device_memory)
+    for finding in plan_recipe(recipe, out=out, overrides=set_ or (), devices=by_hand):
         print_finding(console, finding)
 
 

@@ -44,6 +44,8 @@ def make_context(recipe: Recipe, base: Path, folder: RunFolder, telemetry: Telem
             dtype=model.dtype,
             device=model.device,
             device_map=model.device_map,
+            max_memory=model.max_memory,
+            offload_folder=None if model.offload_folder is None else base / Path(model.offload_folder).expanduser(),
             convention=model.convention,
         )
 

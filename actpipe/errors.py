@@ -93,6 +93,10 @@ class ClusterError(ActpipeError, RuntimeError):
     exit_code = EXIT_TRY_AGAIN
 
 
+class DeviceMemoryError(ActpipeError, MemoryError):
+    """A device's memory does not suffice, however little is run at once."""
+
+
 class DtypeOverflowError(ActpipeError, OverflowError):
     """Finite activations do not fit the element type they are stored in."""
 

@@ -19,6 +19,8 @@ from actpipe.errors import RecipeError, StoreMismatchError
 from actpipe.jobs.engine import InProcess
 from actpipe.models.hooked_model import ModelSpec
 from actpipe.operating import told_of
+from actpipe.placing import describe_placement, fits_as_written, placement_of, this_machine
+from actpipe.planning import Devices
 from actpipe.recipes import RecipeText, read_recipe_text, with_overrides
 from actpipe.records import Finding
 from actpipe.schemas.base import AnalysisConfig, StageConfig
@@ -47,7 +49,7 @@ from actpipe.telemetry import Telemetry
 _LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "numpy", "zarr")
 _DATA_STAGES = (TokenizeTextConfig, GenerateTextConfig, ExtractActivationsConfig)
 _NOT_STORED = {
-    "model": {"name", "device", "device_map"},
+    "model": {"name", "device", "device_map", "max_memory", "offload_folder"},
     "tokenize_text": set[str](),
     "generate_text": set[str](),
     "extract_activations": {"queue_bytes", "fsync"},
@@ -130,12 +132,23 @@ def plan_recipe(
     out: str | Path | None = None,
     overrides: Iterable[str] = (),
     telemetry: Telemetry | None = None,
+    devices: Devices | None = None,
 ) -> list[Finding]:
-    """Say what a recipe would cost, and leave nothing on disk; arguments and errors are those of `run_recipe`."""
+    """Say what a recipe would cost, and leave nothing on disk; arguments and errors are those of `run_recipe`.
+
+    `devices` are those that it would run on, if not this machine's. For them, and where the model does not fit as
+    the recipe has it, no weights are loaded, and no speed is measured.
+    """
     stages, context = prepare(recipe, out, overrides, telemetry or Telemetry())
     context.engine = InProcess()
+    context.devices = devices
     _check_everything(stages, context)
-    return [stage.plan(context) for stage in stages if isinstance(stage, Plans)]
+    devices = devices or this_machine()
+    placement, memory = placement_of(context, devices)
+    if not fits_as_written(context, placement):
+        context.devices = devices
+    findings = [stage.plan(context) for stage in stages if isinstance(stage, Plans)]
+    return [*findings, describe_placement(context, devices, placement, memory)]
 
 
 def prepare(

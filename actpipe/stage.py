@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 from actpipe.errors import ActpipeError, RecipeError
+from actpipe.planning import Devices
 from actpipe.records import Finding, Part
 from actpipe.schemas.base import StageConfig
 from actpipe.schemas.recipe import BUILT_IN_STAGES, ExtractActivationsConfig, Recipe
@@ -82,6 +83,8 @@ class RunContext:
     findings: list[Finding] = field(default_factory=list)
     planned_rows: dict[str, int] = field(default_factory=dict)
     """Tokens that a plan expects, by corpus."""
+    devices: Devices | None = None
+    """The devices that a plan is for, where they are not this machine's: then no weights are loaded."""
 
     @cached_property
     def spec(self) -> ModelSpec:

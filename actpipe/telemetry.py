@@ -37,14 +37,28 @@ _MESSAGE_LENGTH = 4000
 
 
 class Meter:
-    """Counts units and bytes of one piece of work, and shows them."""
+    """Counts units and bytes of one piece of work, and shows them.
+
+    Args:
+        title: What the work is.
+        total: How many units there are, where that is known.
+        unit: What is counted.
+        count: Who adds what is done, and bytes, to metrics.
+        note: Who is told of what happens on the way: `(text, kind of event, **fields)`.
+    """
 
     def __init__(
-        self, title: str, total: int | None, unit: str, count: Callable[[int, int], None] | None = None
+        self,
+        title: str,
+        total: int | None,
+        unit: str,
+        count: Callable[[int, int], None] | None = None,
+        note: Callable[..., None] = lambda *_, **__: None,
     ) -> None:
         self.title = title
         self.total = total
         self.unit = unit
+        self.note = note
         self.done = 0
         self.n_bytes = 0
         self._started = time.monotonic()
@@ -215,10 +229,15 @@ class Telemetry:
         self.event("stage finished", seconds=round(seconds, 3))
         self._stage = {}
 
+    def note(self, text: str, kind: str, **fields: Any) -> None:
+        """Tell people something, and log it as an event."""
+        self.say(text)
+        self.event(kind, **fields)
+
     @contextmanager
     def progress(self, title: str, total: int | None, unit: str) -> Iterator[Meter]:
         """Show the progress of one piece of work; log it every `REPORT_SECONDS`, and its end."""
-        meter = Meter(title, total, unit, self._counting(unit))
+        meter = Meter(title, total, unit, self._counting(unit), self.note)
         self._meters.append(meter)
         try:
             with self._shown(meter), self._reported(meter):

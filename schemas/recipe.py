@@ -12,6 +12,9 @@ from actpipe.schemas.eval_analyses import EvaluateModelConfig
 from actpipe.schemas.reducing import ReduceActivationsConfig
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
+Bytes = Annotated[str, Field(pattern=r"^\d+(\.\d+)?([KMGT]i?)?B$")]
+"""An amount of memory with its unit: `40GiB`, `80GB`."""
+
 
 class ModelConfig(Contract):
     """Which model is run, and where."""
@@ -25,7 +28,13 @@ class ModelConfig(Contract):
     device: NonEmpty = "auto"
     """`cpu`, `cuda`, `cuda:1`, `mps`; `auto` takes an accelerator where there is one. Not part of what is stored."""
     device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | dict[str, int | str] | None = None
-    """Spread one model over several devices with accelerate; then `device` must stay `auto`."""
+    """Spread one model over several devices with accelerate, and over the host's memory (`cpu`) and the `disk`; then
+    `device` must stay `auto`. Not part of what is stored."""
+    max_memory: dict[NonEmpty, PositiveInt | Bytes] | None = None
+    """Most that `device_map` may put on each device: bytes, or `40GiB`, by the device's number, or `cpu`."""
+    offload_folder: NonEmpty | None = None
+    """Folder for weights that `device_map` puts on the disk, relative to the recipe's own; without it they are read
+    from the checkpoint's own files."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off: such models are refused."""
     convention: Literal["native", "processed"] = "native"
@@ -36,7 +45,14 @@ class ModelConfig(Contract):
     def _one_placement(self) -> Self:
         if self.device_map is not None and self.device != "auto":
             raise ValueError(f"device_map ({self.device_map}) and device ({self.device}) exclude each other")
+        if self.device_map is None and (self.max_memory or self.offload_folder):
+            raise ValueError("`max_memory` and `offload_folder` are for a model that is spread: set `device_map: auto`")
         return self
+
+    @field_validator("max_memory", mode="before")
+    @classmethod
+    def _names_as_text(cls, value: object) -> object:
+        return {str(key): most for key, most in value.items()} if isinstance(value, dict) else value
 
 
 class DatasetConfig(Contract):
@@ -231,8 +247,9 @@ class ExtractActivationsConfig(StageConfig):
     """What to do with finite values too large for `dtype`: stop and name them, or clip to the largest."""
     rows_per_part: PositiveInt | Literal["auto"] = "auto"
     """Rows per part: one chunk of every array, the least that one commit adds. `auto`: at most 65,536, even."""
-    batch_tokens: PositiveInt = 8192
-    """Most tokens in one forward pass, padding included; a longer sequence runs alone."""
+    batch_tokens: PositiveInt | Literal["auto"] = 8192
+    """Most tokens in one forward pass, padding included; a longer sequence runs alone. `auto` finds the number by trial
+    on the device, once per run, and remembers it for runs like it. What does not fit is run in smaller batches."""
     chunk_tokens: PositiveInt | None = None
     """Run longer model inputs in pieces of this many tokens, keys and values carried over, at bounded memory."""
     queue_bytes: PositiveInt = 256 * 2**20

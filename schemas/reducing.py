@@ -41,8 +41,9 @@ class ReduceActivationsConfig(StageConfig):
     """Which tokens count; by default all."""
     rows_per_part: PositiveInt = 65_536
     """About how many tokens are done before what was found is put on the disk; parts end with model inputs."""
-    batch_tokens: PositiveInt = 8192
-    """Most tokens in one forward pass, padding included; a longer sequence runs alone."""
+    batch_tokens: PositiveInt | Literal["auto"] = 8192
+    """Most tokens in one forward pass, padding included; a longer sequence runs alone. `auto` finds the number by trial
+    on the device, once per run, and remembers it for runs like it. What does not fit is run in smaller batches."""
     max_bytes: PositiveInt = 4 * 2**30
     """Refuse statistics that need more memory than this."""
 

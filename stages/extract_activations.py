@@ -17,6 +17,8 @@ from actpipe.extraction.estimate import estimate, row_bytes
 from actpipe.extraction.keeping import most_rows, settle_rows
 from actpipe.extraction.layout import check_encoding, check_rows_per_part, plan_store
 from actpipe.extraction.proof import prove_hooks
+from actpipe.extraction.settling import check_batch_tokens, find_batch_tokens, settle_batch_tokens
+from actpipe.extraction.trial import tokens_per_second
 from actpipe.extraction.worker import ExtractionWorker
 from actpipe.hooks import ModelShape
 from actpipe.model_inputs import ModelInputs, inputs_of, special_token_ids
@@ -25,6 +27,7 @@ from actpipe.models.loading import resolve_device
 from actpipe.planning import format_bytes, plan_parts
 from actpipe.records import Finding, Part
 from actpipe.stage import RunContext
+from actpipe.stores.claims import BATCH_SIZE, alone_at
 from actpipe.stores.reading import ActivationStore, is_complete
 from actpipe.stores.token_table import TokenTable
 from actpipe.stores.writing import create_store, missing_parts, read_manifest
@@ -56,11 +59,12 @@ class ExtractActivations:
         check_encoding(self.config, names)
         inputs = inputs_of(context, self.config.corpus)
         self._derivations(context, inputs)
+        check_batch_tokens(self.config, context.folder, here=context.engine.is_here)
         check_rows_per_part(self.config, inputs)
         if inputs.n_prefix or self.config.chunk_tokens is not None:
             self._check_pieces(context)
-        runs_here = context.engine.is_here and not is_complete(context.corpus(self.config))
-        if context.recipe.model.device_map is None and runs_here:
+        runs_here = context.engine.is_here and context.devices is None and context.recipe.model.device_map is None
+        if runs_here and not is_complete(context.corpus(self.config)):
             resolve_device(context.recipe.model.device)
 
     def plan(self, context: RunContext) -> Finding:
@@ -71,7 +75,13 @@ class ExtractActivations:
         inputs = inputs_of(context, self.config.corpus)
         derivations = self._derivations(context, inputs)
         manifest = plan_store(self.config, context.spec, n_rows=n_rows, inputs=inputs, derivations=derivations)
-        return estimate(self.config, manifest, context.model)
+        config, speed = self.config, None
+        if context.devices is None:
+            model, length = context.model, inputs.context_length
+            found, _ = find_batch_tokens(config, model, length, derivations)
+            config = config.model_copy(update={"batch_tokens": found})
+            speed = tokens_per_second(config, model, derivations, length), str(model.device)
+        return estimate(config, manifest, context.spec.n_bytes, speed)
 
     def run(self, context: RunContext) -> None:
         """Do every part that has no commit record; doing one twice changes nothing."""
@@ -130,6 +140,15 @@ class ExtractActivations:
         prove_hooks(context.model, table, names)
         if table.manifest.prefix_ids or self.config.chunk_tokens is not None:
             prove_cache(context.model, names)
+        with alone_at(folder, BATCH_SIZE):
+            settle_batch_tokens(
+                self.config,
+                folder,
+                lambda: context.model,
+                context_length=manifest.context_length,
+                derivations=derivations,
+                note=meter.note,
+            )
         with ExtractionWorker.open(
             self.config, context.model, folder, manifest, meter, derivations=derivations
         ) as worker:

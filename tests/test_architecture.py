@@ -160,7 +160,7 @@ def test_the_command_line_has_these_flags_and_no_others():
     assert flags == {
         "run": ["--log-format", "--metrics-host", "--metrics-port", "--out", "--scheduler", "--set"],
         "worker": ["--lifetime", "--name"],
-        "plan": ["--out", "--set"],
+        "plan": ["--device-memory", "--devices", "--out", "--set"],
         "hooks": ["--context", "--dtype", "--revision"],
         "check": ["--device", "--dtype", "--revision"],
         "info": [],

@@ -1,26 +1,22 @@
-"""What an extraction will take: bytes, parts, memory, and time measured on one batch."""
+"""What an extraction will take: bytes, parts, memory."""
 
 from __future__ import annotations
 
 import math
-import time
+from dataclasses import dataclass
 
-import torch
-
-from actpipe.extraction.deriving import captured_hooks
 from actpipe.extraction.worker import LOGITS_AT_ONCE
-from actpipe.models.hooked_model import HookedModel
-from actpipe.models.taps import UNEMBED_INPUT
+from actpipe.hooks import ModelShape
 from actpipe.planning import count_parts, format_bytes
 from actpipe.records import Finding
-from actpipe.schemas.manifest import StoreManifest
+from actpipe.schemas.manifest import ShapeRecord, StoreManifest
 from actpipe.schemas.recipe import ExtractActivationsConfig
+from actpipe.schemas.reducing import ReduceActivationsConfig
 from actpipe.stores import encoding
 from actpipe.stores.dtypes import numpy_dtype
 
 _PROCESS_BYTES = 1_000 * 10**6
 """Python with torch and transformers loaded, and the margin of the allocator."""
-_TIMED_TOKENS = 2048
 
 
 def row_bytes(manifest: StoreManifest) -> int:
@@ -28,67 +24,86 @@ def row_bytes(manifest: StoreManifest) -> int:
     return round(sum(map(encoding.row_bytes, manifest.arrays)))
 
 
+@dataclass(frozen=True)
+class PassLoad:
+    """What one forward pass carries, as far as its memory depends on it."""
+
+    batch_tokens: int
+    """Tokens of the batch, padding included; at least those of one sequence."""
+    context_length: int
+    chunk_tokens: int | None = None
+    """Tokens of each sequence in one pass, where keys and values are carried over; None where it is whole."""
+    looks_at_keys: bool = False
+    """Whether scores or patterns are read."""
+    metrics: bool = False
+    """Whether logits are computed."""
+
+    @classmethod
+    def of(
+        cls, config: ExtractActivationsConfig | ReduceActivationsConfig, context_length: int, *, looks_at_keys: bool
+    ) -> PassLoad:
+        """Say what a stage's passes carry; where the size of batches is to be found yet, one sequence."""
+        batch_tokens = context_length if config.batch_tokens == "auto" else max(config.batch_tokens, context_length)
+        if isinstance(config, ReduceActivationsConfig):
+            return cls(batch_tokens, context_length, looks_at_keys=looks_at_keys)
+        return cls(batch_tokens, context_length, config.chunk_tokens, looks_at_keys, bool(config.metrics))
+
+    @property
+    def tokens_at_once(self) -> int:
+        """Tokens of one pass."""
+        if self.chunk_tokens is None:
+            return self.batch_tokens
+        return min(self.batch_tokens, max(1, self.batch_tokens // self.context_length) * self.chunk_tokens)
+
+
+def working_bytes(shape: ModelShape | ShapeRecord, load: PassLoad) -> int:
+    """Bound what one forward pass takes on its device beside the weights.
+
+    The activations of a layer are counted twenty times d_model plus four times d_mlp in float32 (an
+    expert's as four times d_model), scores and patterns three times over, logits three times, keys and
+    values that are carried over once.
+    """
+    at_once = load.tokens_at_once
+    held = 0 if load.chunk_tokens is None else sum(block.n_kv_heads * block.d_qk for block in shape.blocks)
+    d_mlp = max(block.d_mlp or 4 * shape.d_model * block.n_experts_per_token for block in shape.blocks)
+    n_heads = max(block.n_heads for block in shape.blocks)
+    layer = 4 * at_once * (20 * shape.d_model + 4 * d_mlp)
+    scores = 3 * 4 * at_once * n_heads * load.context_length if load.looks_at_keys else 0
+    logits = 3 * 4 * max(LOGITS_AT_ONCE, shape.d_vocab) if load.metrics else 0
+    return layer + 2 * 4 * load.batch_tokens * held + scores + logits
+
+
 def peak_bytes(config: ExtractActivationsConfig, manifest: StoreManifest, model_bytes: int) -> int:
     """Bound the peak memory of an extraction in one process, weights included.
 
-    The activations of a layer are counted twenty times d_model plus four times d_mlp in float32 (an
-    expert's as four times d_model), scores and patterns three times over, what waits for the disk
-    once, logits three times, keys and values that are carried over once.
+    What waits for the disk is counted once, beside the `working_bytes` of a pass.
     """
-    shape, context_length = manifest.shape, manifest.context_length
-    batch_tokens = max(config.batch_tokens, context_length)
-    held = 2 * 4 * batch_tokens * sum(block.n_kv_heads * block.d_qk for block in shape.blocks)
-    if config.chunk_tokens is None:
-        held = 0
-    else:
-        n_sequences = max(1, batch_tokens // context_length)
-        batch_tokens = min(batch_tokens, n_sequences * config.chunk_tokens)
-    d_mlp = max(block.d_mlp or 4 * shape.d_model * block.n_experts_per_token for block in shape.blocks)
-    n_heads = max(block.n_heads for block in shape.blocks)
-    layer = 4 * batch_tokens * (20 * shape.d_model + 4 * d_mlp)
     looks_at_keys = any("key_position" in array.axes for array in manifest.arrays)
-    scores = 3 * 4 * batch_tokens * n_heads * context_length if looks_at_keys else 0
+    load = PassLoad.of(config, manifest.context_length, looks_at_keys=looks_at_keys)
     largest = max(math.prod(array.row_shape) * numpy_dtype(array.dtype).itemsize for array in manifest.arrays)
-    waiting = config.queue_bytes + 2 * largest * batch_tokens
-    logits = 3 * 4 * max(LOGITS_AT_ONCE, shape.d_vocab) if config.metrics else 0
+    waiting = config.queue_bytes + 2 * largest * load.tokens_at_once
     sequences = 16 * manifest.rows_per_part
     if manifest.codec != "none":
         waiting += 2 * largest * manifest.rows_per_part
-    return _PROCESS_BYTES + model_bytes + layer + held + scores + waiting + logits + sequences
+    return _PROCESS_BYTES + model_bytes + working_bytes(manifest.shape, load) + waiting + sequences
 
 
-def tokens_per_second(config: ExtractActivationsConfig, model: HookedModel, context_length: int) -> float:
-    """Run one batch as the extraction will, without storing it, and return its speed (the better of two)."""
-    names = [*model.select(captured_hooks(config)), *([UNEMBED_INPUT] if config.metrics else [])]
-    length = min(context_length, config.chunk_tokens or context_length)
-    n_sequences = max(1, min(_TIMED_TOKENS, config.batch_tokens) // length)
-    ids = torch.zeros(n_sequences, length, dtype=torch.long, device=model.device)
-    seconds = []
+def estimate(
+    config: ExtractActivationsConfig, manifest: StoreManifest, model_bytes: int, speed: tuple[float, str] | None
+) -> Finding:
+    """Say what an extraction will take.
 
-    def take(_: str, tensor: torch.Tensor) -> None:
-        tensor.clone().cpu()
-
-    with torch.inference_mode(), model.capture(names, take, stop=True) as capture:
-        for _ in range(2):
-            started = time.perf_counter()
-            capture.run(ids)
-            if config.metrics:
-                model.unembed(torch.zeros(ids.numel(), model.shape.d_model, dtype=model.dtype, device=model.device))
-            if model.device.type == "cuda":
-                torch.cuda.synchronize(model.device)
-            seconds.append(time.perf_counter() - started)
-    return ids.numel() / min(seconds)
-
-
-def estimate(config: ExtractActivationsConfig, manifest: StoreManifest, model: HookedModel) -> Finding:
-    """Say what an extraction will take."""
+    Args:
+        config: Its settings.
+        manifest: The store.
+        model_bytes: Of the weights.
+        speed: Tokens per second, and where they were measured; None where they were not.
+    """
     per_token = row_bytes(manifest)
-    model_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.native.parameters())
-    speed = tokens_per_second(config, model, manifest.context_length)
     n_parts = count_parts(manifest.n_rows, manifest.rows_per_part)
     largest = max(manifest.arrays, key=lambda array: math.prod(array.row_shape))
     chunk = math.prod(largest.row_shape) * numpy_dtype(largest.dtype).itemsize * manifest.rows_per_part
-    rows = (
+    rows = [
         ("arrays", f"{len(manifest.arrays)}", f"{per_token:,} bytes per token"),
         ("written", format_bytes(per_token * manifest.n_rows), f"{manifest.n_rows:,} tokens"),
         ("parts", f"{n_parts:,}", f"of {manifest.rows_per_part:,} tokens; largest chunk {format_bytes(chunk)}"),
@@ -97,13 +112,13 @@ def estimate(config: ExtractActivationsConfig, manifest: StoreManifest, model: H
             format_bytes(peak_bytes(config, manifest, model_bytes)),
             f"at most, weights {format_bytes(model_bytes)}",
         ),
-        (
-            "time",
-            _duration(manifest.n_rows / speed),
-            f"at {speed:,.0f} tokens/s, measured on one batch on {model.device}",
-        ),
-    )
-    return Finding(f"Store: {manifest.corpus}", ("", "expected", ""), rows)
+    ]
+    if speed is not None:
+        rate, where = speed
+        rows.append(
+            ("time", _duration(manifest.n_rows / rate), f"at {rate:,.0f} tokens/s, measured on one batch on {where}")
+        )
+    return Finding(f"Store: {manifest.corpus}", ("", "expected", ""), tuple(rows))
 
 
 def _duration(seconds: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from actpipe.devices import ran_out_of_memory, release_caches
+from actpipe.errors import DeviceMemoryError
 from actpipe.extraction.layout import GENERATED, TOKEN_ARRAYS
 from actpipe.extraction.rows import WantedRows, rows_of_part
 from actpipe.models.caching import KeyValueCache
@@ -23,6 +26,7 @@ from actpipe.stores.token_table import TokenTable
 from actpipe.text.batching import make_batches
 
 Runs = tuple[tuple[int, int], ...]
+Note = Callable[..., None]
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,16 @@ def _place(batch: Batch, wanted: Mapping[int, WantedRows], columns: range) -> Pl
 
 
 class Consumer(Protocol):
-    """What is told of every pass; a pass without wanted rows is context alone, and is not told."""
+    """What is told of every pass; a pass without wanted rows is context alone, and is not told.
+
+    Passes come in batches: one that runs out of memory counts for nothing, and its rows come again.
+    """
+
+    def mark(self) -> None:
+        """A batch begins: what came before it is final."""
+
+    def undo(self) -> None:
+        """What came since the mark does not count; drop it, and return once nothing holds its memory."""
 
     def begin(self, placement: Placement) -> None:
         """A pass that gives these rows is about to run."""
@@ -103,6 +116,9 @@ class Consumer(Protocol):
 class Passes:
     """Runs the model over parts.
 
+    A batch that does not fit into memory is taken back and run again as smaller ones, of half the tokens; that
+    stays the size of batches from then on. A single sequence is cut into smaller pieces, where it runs in pieces.
+
     Args:
         model: The model.
         tokens: The model inputs.
@@ -110,6 +126,7 @@ class Passes:
         consumer: Told of every pass.
         batch_tokens: Most tokens in one pass, padding included.
         chunk_tokens: Run longer inputs in pieces of so many tokens.
+        note: Told, with a sentence, a kind of event and its fields, where batches have become smaller.
     """
 
     def __init__(
@@ -121,6 +138,7 @@ class Passes:
         *,
         batch_tokens: int,
         chunk_tokens: int | None = None,
+        note: Note = lambda *_, **__: None,
     ) -> None:
         self._model = model
         self._tokens = tokens
@@ -128,6 +146,9 @@ class Passes:
         self._consumer = consumer
         self._batch_tokens = batch_tokens
         self._chunk_tokens = chunk_tokens
+        self._note = note
+        self._did_not_fit: str | None = None
+        """What is to be said of a batch that did not fit, once a smaller one has."""
         self._capture: Capture
         self._placement = Placement((), None)
         self._prefix: KeyValueCache | None = None
@@ -143,11 +164,72 @@ class Passes:
         wanted = {rows.sequence.sequence: rows for rows in rows_of_part(self._tokens, self._kept, part)}
         sequences = [rows.sequence for rows in wanted.values()]
         follows = [sequence for sequence in sequences if self._follows_prefix(sequence)]
-        for batch in make_batches(follows, self._batch_tokens):
-            self._run(batch, wanted, self._prefix)
-        others = [sequence for sequence in sequences if not self._follows_prefix(sequence)]
-        for batch in make_batches(others, self._batch_tokens):
-            self._run(batch, wanted, None)
+        self._run_all(follows, wanted, self._prefix)
+        self._run_all([sequence for sequence in sequences if not self._follows_prefix(sequence)], wanted, None)
+
+    def _run_all(
+        self, sequences: list[Sequence], wanted: Mapping[int, WantedRows], prefix: KeyValueCache | None
+    ) -> None:
+        """Run sequences in batches, in smaller ones from where memory runs out."""
+        batches = deque(make_batches(sequences, self._batch_tokens))
+        while batches:
+            if self._fits(batches[0], wanted, prefix):
+                batches.popleft()
+            else:
+                self._make_smaller(batches[0], 0 if prefix is None else prefix.n_tokens)
+                left = [sequence for batch in batches for sequence in batch.sequences]
+                batches = deque(make_batches(left, self._batch_tokens))
+
+    def _fits(self, batch: Batch, wanted: Mapping[int, WantedRows], prefix: KeyValueCache | None) -> bool:
+        """Run a batch; where memory runs out, take back what it gave and return False."""
+        self._consumer.mark()
+        try:
+            self._run(batch, wanted, prefix)
+        except Exception as error:
+            if not ran_out_of_memory(error):
+                raise
+            self._did_not_fit = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        else:
+            self._tell_of_smaller()
+            return True
+        self._consumer.undo()  # outside of the handler: the error's frames hold the tensors of the pass
+        release_caches()
+        return False
+
+    def _make_smaller(self, batch: Batch, n_prefix: int) -> None:
+        """Halve what runs at once.
+
+        Raises:
+            DeviceMemoryError: It is one sequence, which is not run in pieces, or one token.
+        """
+        n_sequences, length = len(batch.sequences), batch.width - n_prefix
+        if n_sequences > 1:
+            self._batch_tokens = n_sequences * batch.width // 2
+            return
+        if self._chunk_tokens is not None and min(self._chunk_tokens, length) > 1:
+            self._chunk_tokens = min(self._chunk_tokens, length) // 2
+            return
+        at_once = f"{length:,} tokens, alone in its batch," if self._chunk_tokens is None else "one token after others"
+        raise DeviceMemoryError(
+            f"a model input of {batch.width:,} tokens cannot be run on {self._model.device}: {at_once} and the "
+            f"activations that are read there do not fit into its memory ({self._did_not_fit}); shorten "
+            "`context_length`, run it in pieces with `chunk_tokens`, name fewer hooks, or spread the model with "
+            "`model.device_map: auto`"
+        )
+
+    def _tell_of_smaller(self) -> None:
+        if self._did_not_fit is None:
+            return
+        pieces = "" if self._chunk_tokens is None else f", inputs in pieces of {self._chunk_tokens:,}"
+        self._note(
+            f"note: {self._model.device} ran out of memory ({self._did_not_fit}); batches have at most "
+            f"{self._batch_tokens:,} tokens from here on{pieces}",
+            "smaller batches",
+            batch_tokens=self._batch_tokens,
+            chunk_tokens=self._chunk_tokens,
+            device=str(self._model.device),
+        )
+        self._did_not_fit = None
 
     def _follows_prefix(self, sequence: Sequence) -> bool:
         """Whether a sequence begins with the prefix; the prefix's own rows do not follow it."""

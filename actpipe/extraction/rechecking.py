@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -98,6 +98,7 @@ class _Comparison:
     differences: dict[str, Difference]
     tolerance: float
     """That of the type in which the model computes."""
+    _marked: dict[str, Difference] = field(default_factory=dict)
 
     def write(self, array: str, first_row: int, rows: npt.NDArray[Any]) -> int:
         """Compare consecutive rows of one array."""
@@ -108,6 +109,14 @@ class _Comparison:
 
     def count_clipped(self, array: str, count: int) -> None:
         """Clipped values are compared as they are stored."""
+
+    def mark(self) -> None:
+        """Note what was found until now."""
+        self._marked.update({name: replace(found) for name, found in self.differences.items()})
+
+    def undo(self) -> None:
+        """Forget what was found since."""
+        self.differences.update({name: replace(found) for name, found in self._marked.items()})
 
     def commit(self) -> None:
         """Nothing is left to do."""

@@ -28,6 +28,7 @@ from actpipe.compute.accumulators import (
 )
 from actpipe.compute.heads import PATTERNS, HeadScoreSums, detection_pattern, score_heads
 from actpipe.errors import DtypeOverflowError, RecipeError
+from actpipe.extraction.batch_size import batch_tokens_of
 from actpipe.extraction.deriving import Derivation, captured_hooks
 from actpipe.extraction.passes import Passes, Placement
 from actpipe.hooks import HookPoint, ModelShape
@@ -108,12 +109,19 @@ def check_statistics(
     if scored and config.keep is not None:
         raise RecipeError("pattern_scores are of whole sequences; leave out `keep`")
     reduced = reduced_of(points, derivations, shape, context_length)
-    needed = sum(_state_bytes(config, prod(one.shape), shape, context_length) for one in reduced)
+    needed = statistics_bytes(config, reduced, shape, context_length)
     if needed > config.max_bytes:
         raise RecipeError(
             f"{config.name} needs {needed:,} bytes of memory for {', '.join(config.statistics)} of {len(reduced)} "
             f"activations, and max_bytes is {config.max_bytes:,}; name fewer hooks or raise it"
         )
+
+
+def statistics_bytes(
+    config: ReduceActivationsConfig, reduced: Iterable[Reduced], shape: ModelShape, context_length: int
+) -> int:
+    """Return the bytes that statistics take on the model's device."""
+    return sum(_state_bytes(config, prod(one.shape), shape, context_length) for one in reduced)
 
 
 def _state_bytes(config: ReduceActivationsConfig, d: int, shape: ModelShape, context_length: int) -> int:
@@ -159,6 +167,16 @@ class PartialSums:
         return states
 
 
+@dataclass(frozen=True)
+class _Mark:
+    """What a worker had when a batch began."""
+
+    states: dict[str, State]
+    not_finite: dict[str, torch.Tensor]
+    n_known: int
+    n_done: int
+
+
 class ReducingWorker:
     """Does one part at a time: forward passes, sums on the model's device, and what they gave on the disk."""
 
@@ -182,6 +200,7 @@ class ReducingWorker:
         self._known: list[dict[str, np.ndarray]] = []
         self._placement: Placement
         self._tokens: RowTokens
+        self._marked: _Mark
 
     @classmethod
     @contextmanager
@@ -198,7 +217,7 @@ class ReducingWorker:
     ) -> Iterator[ReducingWorker]:
         """Hook the model."""
         worker = cls(config, model, sums, meter, derivations)
-        passes = Passes(model, tokens, kept, worker, batch_tokens=config.batch_tokens)
+        passes = Passes(model, tokens, kept, worker, batch_tokens=batch_tokens_of(config, sums.folder), note=meter.note)
         with passes.open(model.select(captured_hooks(config))) as worker._run_part:
             yield worker
 
@@ -222,6 +241,16 @@ class ReducingWorker:
         self._look_up_tokens(part)
         self._sums.write(part, self._states)
         return already_done()
+
+    def mark(self) -> None:
+        """Keep what there is; merging makes new states and leaves these as they are."""
+        self._marked = _Mark(dict(self._states), dict(self._not_finite), len(self._known), self._meter.done)
+
+    def undo(self) -> None:
+        """Go back to what was there at the mark."""
+        self._states, self._not_finite = dict(self._marked.states), dict(self._marked.not_finite)
+        del self._known[self._marked.n_known :]
+        self._meter.advance(self._marked.n_done - self._meter.done)
 
     def begin(self, placement: Placement) -> None:
         """Note which rows a pass gives."""

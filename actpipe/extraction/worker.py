@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
@@ -14,6 +15,7 @@ import torch
 from actpipe.compute.casting import cast_rows
 from actpipe.compute.next_token import next_token_metrics
 from actpipe.errors import DtypeOverflowError
+from actpipe.extraction.batch_size import batch_tokens_of
 from actpipe.extraction.deriving import Derivation
 from actpipe.extraction.passes import Passes, Placement, Runs
 from actpipe.extraction.staging import Landing, Staging
@@ -47,6 +49,12 @@ class PartSink(Protocol):
     def count_clipped(self, array: str, count: int) -> None:
         """Note that values were clipped."""
 
+    def mark(self) -> None:
+        """What came until now is final."""
+
+    def undo(self) -> None:
+        """The rows since the mark do not count, and will come again."""
+
     def commit(self) -> None:
         """All rows were handed over."""
 
@@ -79,6 +87,7 @@ class ExtractionWorker:
         self._meter: Meter
         self._writer: PartSink
         self._unfinished: dict[PartSink, Future[None]] = {}
+        self._marked = (0, 0)
         self._runs: Runs
         self._normalized: torch.Tensor
 
@@ -112,8 +121,9 @@ class ExtractionWorker:
             TokenTable(folder),
             None if manifest.kept_rows is None else KeptRows(folder),
             worker,
-            batch_tokens=config.batch_tokens,
+            batch_tokens=batch_tokens_of(config, folder),
             chunk_tokens=config.chunk_tokens,
+            note=meter.note,
         )
         with ExitStack() as stack:
             stack.callback(worker._abandon_unfinished)
@@ -156,6 +166,27 @@ class ExtractionWorker:
         for writer in self._unfinished:
             writer.abandon()
         self._fail(InterruptedError("this worker was closed before the part was committed"))
+
+    def mark(self) -> None:
+        """Note, in the order of the writes, what is final."""
+        self._writing.put(partial(self._mark, self._writer), 0)
+
+    def _mark(self, writer: PartSink) -> None:
+        writer.mark()
+        self._marked = self._meter.done, self._meter.n_bytes
+
+    def undo(self) -> None:
+        """Let what was handed over be written, since what follows is written over it; then count as before."""
+        self._normalized = torch.empty(0)
+        undone = threading.Event()
+        self._writing.put(partial(self._undo, self._writer, undone), 0)
+        self._writing.wait_until(undone.is_set)
+
+    def _undo(self, writer: PartSink, undone: threading.Event) -> None:
+        writer.undo()
+        done, n_bytes = self._marked
+        self._meter.advance(done - self._meter.done, n_bytes - self._meter.n_bytes)
+        undone.set()
 
     def begin(self, placement: Placement) -> None:
         """Store ids, positions and sequence numbers of a pass' rows."""
@@ -200,7 +231,7 @@ class ExtractionWorker:
 
     def _overflow(self, name: str, array: ArrayManifest, count: int) -> None:
         if self._config.on_overflow == "clip":
-            self._writer.count_clipped(array.path, count)
+            self._writing.put(partial(self._writer.count_clipped, array.path, count), 0)
             return
         layer = self._model.hook_points[name].layer
         where = "" if layer is None else f" (layer {layer})"

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import torch
 
+from actpipe.devices import ran_out_of_memory
 from actpipe.errors import UnsupportedModelError
 from actpipe.models.caching import KeyValueCache
 from actpipe.models.hooked_model import HookedModel
@@ -34,6 +35,8 @@ def prove_cache(model: HookedModel, names: Iterable[str] = (), ids: torch.Tensor
     try:
         pieces = _in_pieces(model, cache, ids, wanted)
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError) as error:
+        if ran_out_of_memory(error):
+            raise
         raise UnsupportedModelError(
             f"this {model.anatomy.family.name} model does not run with a cache of keys and values: {error}"
         ) from error

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Self
 
 import torch
 from transformers import PreTrainedModel
 
+from actpipe.errors import ModelLoadError, UnknownHookError
 from actpipe.hooks import HookName, HookPoint, ModelShape, build_catalogue, select_hooks
 from actpipe.models.anatomy import Anatomy, find_anatomy
 from actpipe.models.caching import KeyValueCache, real_positions
@@ -18,6 +21,8 @@ from actpipe.models.encoder_inputs import add_encoder_inputs
 from actpipe.models.families.entry import Family
 from actpipe.models.generation import GenerationMethods
 from actpipe.models.loading import (
+    DeviceMap,
+    MaxMemory,
     ModelSource,
     compute_dtype,
     identify,
@@ -33,6 +38,11 @@ from actpipe.models.recognition import family_for
 from actpipe.models.taps import UNEMBED_INPUT, Tap, tap_for, unembed_input_tap
 from actpipe.models.weights import Weights
 from actpipe.schemas.manifest import ModelIdentity
+
+_CANNOT_BE_SPLIT = (
+    "tensor_parallel needs a model of a family with an entry of its own, in the convention `native`, and places it by "
+    "itself: leave out `device` and `device_map`"
+)
 
 
 class ModelSpec:
@@ -73,6 +83,22 @@ class ModelSpec:
     def n_parameters(self) -> int:
         """Number of weights; tied ones count once."""
         return sum(parameter.numel() for parameter in self.anatomy.native.parameters())
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the weights as they are loaded; those of a quantised checkpoint as if it were not."""
+        return self.n_parameters * self._item_bytes
+
+    @property
+    def largest_block_bytes(self) -> int:
+        """Bytes of the largest block, the most that is never spread over devices."""
+        sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in self.anatomy.blocks]
+        return max(sizes) * self._item_bytes
+
+    @property
+    def _item_bytes(self) -> int:
+        dtype: torch.dtype = getattr(torch, self.identity.dtype)
+        return dtype.itemsize
 
     def select(self, patterns: Iterable[HookName]) -> tuple[str, ...]:
         """Resolve hook names and patterns; see `actpipe.hooks.select_hooks`."""
@@ -117,7 +143,10 @@ class HookedModel(GenerationMethods):
         revision: str | None = None,
         dtype: str = "auto",
         device: str = "auto",
-        device_map: str | dict[str, int | str] | None = None,
+        device_map: DeviceMap = None,
+        max_memory: MaxMemory = None,
+        offload_folder: str | Path | None = None,
+        tensor_parallel: bool = False,
         trust_remote_code: bool = False,
         convention: Convention = "native",
     ) -> Self:
@@ -128,7 +157,12 @@ class HookedModel(GenerationMethods):
             revision: Branch, tag or commit on the hub.
             dtype: `float32`, `float16`, `bfloat16`, or `auto` for the checkpoint's own.
             device: `cpu`, `cuda`, `cuda:1`; `auto` takes an accelerator where there is one.
-            device_map: Spread the model over devices with accelerate, in place of `device`.
+            device_map: Spread the model over devices, the host's memory and the disk with accelerate, in place of
+                `device`.
+            max_memory: Most that may be put on each of those: bytes, or `40GiB`, by number or `cpu`.
+            offload_folder: Where weights wait that are put on the disk; without it, in the checkpoint's own files.
+            tensor_parallel: Split every matrix over the processes of `torchrun`, which then all run the same calls.
+                Names of which each process has a piece only are not offered, nor are weights.
             trust_remote_code: Run code that comes with the model.
             convention: `native`, or `processed` for TransformerLens' default weight processing.
 
@@ -137,7 +171,16 @@ class HookedModel(GenerationMethods):
             UnsupportedModelError: No entry says where its parts are.
         """
         source = ModelSource(name, revision, trust_remote_code)
-        return cls.from_source(source, dtype=dtype, device=device, device_map=device_map, convention=convention)
+        return cls.from_source(
+            source,
+            dtype=dtype,
+            device=device,
+            device_map=device_map,
+            max_memory=max_memory,
+            offload_folder=offload_folder,
+            tensor_parallel=tensor_parallel,
+            convention=convention,
+        )
 
     @classmethod
     def from_source(
@@ -146,14 +189,36 @@ class HookedModel(GenerationMethods):
         *,
         dtype: str,
         device: str,
-        device_map: str | dict[str, int | str] | None,
+        device_map: DeviceMap,
+        max_memory: MaxMemory = None,
+        offload_folder: str | Path | None = None,
+        tensor_parallel: bool = False,
         convention: Convention = "native",
     ) -> Self:
         """Load a model; see `from_pretrained`."""
         config = load_config(source)
-        find_anatomy(load_skeleton(source, config), family_for(config, trust_remote_code=source.trust_remote_code))
-        native = load_native(source, dtype=dtype, device=device, device_map=device_map)
+        skeleton, family = load_skeleton(source, config), family_for(config, trust_remote_code=source.trust_remote_code)
+        find_anatomy(skeleton, family)
+        split = None
+        if tensor_parallel:
+            from actpipe.models.sharding import kinds_in_pieces, split_over_processes  # it runs hooked models
+
+            if device_map is not None or device != "auto" or convention != "native" or family.by_structure:
+                raise ModelLoadError(_CANNOT_BE_SPLIT)
+            split = split_over_processes(skeleton)
+        native = load_native(
+            source,
+            dtype=dtype,
+            device=device,
+            device_map=device_map,
+            max_memory=max_memory,
+            offload_folder=offload_folder,
+            split=split,
+        )
         model = cls(native, source, convention)
+        if split is not None:
+            withheld = {**family.withheld, **kinds_in_pieces(model)}
+            return cls(native, source, convention, replace(family, withheld=withheld))
         if not model.anatomy.family.by_structure:
             return model
         from actpipe.models.recognition.recognising import prove_loaded  # it runs hooked models: imported last
@@ -191,8 +256,21 @@ class HookedModel(GenerationMethods):
         return self.native.dtype
 
     def select(self, patterns: Iterable[HookName]) -> tuple[str, ...]:
-        """Resolve hook names and patterns; see `actpipe.hooks.select_hooks`."""
-        return select_hooks(patterns, self.hook_points, n_layers=self.shape.n_layers)
+        """Resolve hook names and patterns; see `actpipe.hooks.select_hooks`.
+
+        Raises:
+            UnknownHookError: A pattern matches nothing, or only what is withheld of this model; says why.
+        """
+        patterns = tuple(patterns)
+        try:
+            return select_hooks(patterns, self.hook_points, n_layers=self.shape.n_layers)
+        except UnknownHookError as error:
+            whole = build_catalogue(replace(self.shape, withheld=()))
+            for name in select_hooks(patterns, whole, n_layers=self.shape.n_layers):
+                reason = self.anatomy.family.withheld.get(whole[name].kind)
+                if reason is not None:
+                    raise UnknownHookError(f"{name} is not offered of this model: {reason}") from error
+            raise
 
     def capture(self, names: Iterable[str], sink: Sink, *, stop: bool) -> Capture:
         """Return hooks for exact names (`UNEMBED_INPUT` too), to be used in a `with` block; see `Capture`."""

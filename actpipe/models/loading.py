@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from actpipe.errors import ModelLoadError, RecipeError, did_you_mean
 from actpipe.models.model_class import auto_class, classes_to_try
+from actpipe.planning import parse_bytes
 from actpipe.schemas.manifest import ModelIdentity
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf")
@@ -105,11 +106,35 @@ def load_skeleton(source: ModelSource, config: Any) -> PreTrainedModel:
     return model.eval()
 
 
+DeviceMap = str | dict[str, int | str] | None
+MaxMemory = Mapping[str, int | str] | None
+
+
 def load_native(
-    source: ModelSource, *, dtype: str, device: str, device_map: str | dict[str, int | str] | None
+    source: ModelSource,
+    *,
+    dtype: str,
+    device: str,
+    device_map: DeviceMap,
+    max_memory: MaxMemory = None,
+    offload_folder: str | Path | None = None,
+    split: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
-    """Load a language model with its weights, ready to run and never to train."""
-    placed: dict[str, Any] = {} if device_map is None else {"device_map": device_map}
+    """Load a language model with its weights, ready to run and never to train.
+
+    `split` is what `from_pretrained` is given where processes share the model; each then loads its pieces.
+
+    Raises:
+        ModelLoadError: It cannot be read, or lacks weights, or does not fit where it is to be put.
+    """
+    placed: dict[str, Any] = dict(split or {}) if device_map is None else {"device_map": device_map}
+    if max_memory is not None:
+        placed["max_memory"] = {
+            int(key) if key.isdigit() else key: parse_bytes(most) if isinstance(most, str) else most
+            for key, most in max_memory.items()
+        }
+    if offload_folder is not None:
+        placed["offload_folder"] = str(offload_folder)
     classes = classes_to_try(load_config(source))
     for number, chosen in enumerate(classes, start=1):
         try:
@@ -124,7 +149,7 @@ def load_native(
         if not missing:
             break
     _refuse_random_weights(source, model, missing)
-    if device_map is None:
+    if device_map is None and split is None:
         model = model.to(resolve_device(device))
     return model.eval().requires_grad_(False)
 

@@ -92,6 +92,11 @@ class RunFolder:
         return self.root / "commits"
 
     @property
+    def batch_tokens(self) -> Path:
+        """The size of batches, where it was found by trial: all parts are made with the same."""
+        return self.commits / "batch_tokens.json"
+
+    @property
     def token_commit(self) -> Path:
         """Commit record of the token table."""
         return self.commits / "tokens.json"
@@ -135,6 +140,12 @@ class RunFolder:
         path = self.partial / f"{what}-{uuid.uuid4().hex[:12]}"
         path.mkdir(parents=True)
         return path
+
+
+def user_cache() -> Path:
+    """Return the folder for what can be fetched or found again: `ACTPIPE_CACHE`, else in the user's cache."""
+    own = os.environ.get("ACTPIPE_CACHE", "")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME", "") or Path.home() / ".cache") / "actpipe"
 
 
 @contextmanager

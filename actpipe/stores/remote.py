@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from actpipe.errors import StorageError, StorageRefusedError, StoreMismatchError
-from actpipe.stores.layout import write_whole
+from actpipe.stores.layout import user_cache, write_whole
 from actpipe.stores.remote_locking import LOCK_NAME, RemoteLock
 
 CACHE_BYTES = 20 * 10**9
@@ -114,7 +114,7 @@ class Remote:
     @classmethod
     def in_front_of(cls, url: str, *, of: str = "") -> Remote:
         """Return the run at a URL; its folder is in the user's cache, under a name of its own (`of` someone)."""
-        base = Path(os.environ.get("ACTPIPE_CACHE", "")) if os.environ.get("ACTPIPE_CACHE") else _user_cache()
+        base = user_cache()
         readable = re.sub(r"[^A-Za-z0-9]+", "-", url)[-60:].strip("-")
         folder = base / f"{readable}-{hashlib.sha256((url + of).encode()).hexdigest()[:12]}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -372,15 +372,11 @@ def _explain(url: str, error: Exception) -> NoReturn:
     ) from error
 
 
-def _user_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME", "") or Path.home() / ".cache") / "actpipe"
-
-
 def publish(paths: Iterable[Path]) -> None:
-    """Put files that count into the object store behind them, if there is one."""
+    """Put files that count into the object store behind them, if there is one; what unfinished stages leave stays."""
     paths = list(paths)
     if paths and (remote := remote_of(paths[0].parent)) is not None:
-        remote.put(*paths)
+        remote.put(*(path for path in paths if _OURS.fullmatch(path.relative_to(remote.folder).as_posix())))
         remote.make_room()
 
 

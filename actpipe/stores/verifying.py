@@ -232,7 +232,7 @@ def _foreign_files(folder: RunFolder, manifest: StoreManifest, parts: tuple[Part
         if relative not in ours:
             yield Problem(relative, "belongs to no part of this store", Remedy.NONE)
     records = {folder.part_commit(part.index) for part in parts}
-    records |= {folder.token_commit, folder.withdrawn_tokens, folder.rows_commit}
+    records |= {folder.token_commit, folder.withdrawn_tokens, folder.rows_commit, folder.batch_tokens}
     for path in sorted(folder.commits.iterdir()) if folder.commits.is_dir() else ():
         if path not in records:
             yield Problem(f"commits/{path.name}", "is no record of this store", Remedy.NONE)

@@ -270,6 +270,7 @@ class PartWriter:
         }
         self._rows_written = dict.fromkeys(self._arrays, 0)
         self._n_clipped: dict[str, int] = {}
+        self._marked = (self._rows_written, self._n_clipped)
         self._files: dict[str, _RawFile] = {}
         self._beside = ThreadPoolExecutor(1, thread_name_prefix="actpipe-checksum")
         try:
@@ -300,6 +301,14 @@ class PartWriter:
     def count_clipped(self, array: str, count: int) -> None:
         """Note that values were clipped, for the commit record."""
         self._n_clipped[array] = self._n_clipped.get(array, 0) + count
+
+    def mark(self) -> None:
+        """Note what is written: it is final."""
+        self._marked = dict(self._rows_written), dict(self._n_clipped)
+
+    def undo(self) -> None:
+        """Count as written what was so at the mark; what came since will be written over."""
+        self._rows_written, self._n_clipped = map(dict, self._marked)
 
     def commit(self) -> None:
         """Put every chunk in its place, then the record that makes the part count.

@@ -86,6 +86,24 @@ class TestOffloaded:
         assert_same(offloaded, plain)
         assert all(outcome.holds for outcome in check_identities(offloaded, probe_ids(plain)))
 
+    @pytest.mark.parametrize("name", ["gpt2", "llama", "gpt_neox"])
+    def test_what_exceeds_the_memory_that_is_allowed_waits_on_the_disk(self, name, tmp_path):
+        model = build(name)
+        n_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.native.parameters())
+        model.native.save_pretrained(tmp_path / "model")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that so much is offloaded
+            spread = HookedModel.from_pretrained(
+                str(tmp_path / "model"),
+                device_map="auto",
+                max_memory={"cpu": 2 * n_bytes // 3},
+                offload_folder=tmp_path / "offloaded",
+            )
+
+        places = set(spread.native.hf_device_map.values())
+        assert places == {"cpu", "disk"}
+        assert_same(spread, model)
+
 
 def compile_whole(native):
     return torch.compile(native, backend="aot_eager")

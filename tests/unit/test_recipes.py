@@ -233,7 +233,7 @@ def test_a_plan_leaves_nothing_on_disk(corpus, tmp_path, monkeypatch):
     before = sorted(tmp_path.rglob("*"))
     findings = plan_recipe(make_recipe(corpus, metrics=["loss"]))
 
-    assert [finding.title for finding in findings] == ["Corpus: main", "Store: main"]
+    assert [finding.title for finding in findings] == ["Corpus: main", "Store: main", "Placement"]
     assert sorted(tmp_path.rglob("*")) == before
 
 
