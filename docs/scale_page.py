@@ -68,7 +68,7 @@ MODELS = (
     Model("70B (Llama 3.1)", 70.6e9, 80, 8192),
 )
 SELECTIONS = {
-    "one `resid_post`": lambda model: 1,
+    "one `resid_post`": lambda _: 1,
     "every `resid_post`": lambda model: model.n_layers,
     "every `resid_post` and `z`": lambda model: 2 * model.n_layers,
 }
@@ -176,9 +176,9 @@ What a run costs on models and corpora that this page's tables name, worked out 
 here was run on such machines: it is arithmetic from figures that are stated, and `actpipe plan RECIPE --devices 8
 --device-memory 80GB` does the same for a recipe of yours.
 
-**Assumed**: a forward pass reaches {utilisation:.0%} of a device's peak (dense bfloat16: A100 312, H100 989 TFLOP/s, by
-the vendor); context {context:,}; a disk takes {disk}/s, a link {network}/s; S3 takes {puts:,} puts per second and prefix
-(its documentation). A model that needs several devices is spread over them layer after layer (`device_map`), so that
+**Assumed**: a forward pass reaches {utilisation:.0%} of a device's peak (dense bfloat16: A100 312, H100 989 TFLOP/s,
+by the vendor); context {context:,}; a disk takes {disk}/s, a link {network}/s; S3 takes {puts:,} puts per second and
+prefix (its documentation). A model that needs several devices is spread over them layer after layer (`device_map`), so that
 one of them computes at a time.
 
 **Measured** (on two shared cores; take them again with the command): client and scheduler compute {part_ms:.0f} ms for
@@ -197,9 +197,9 @@ store less, `reduce_activations` stores sums alone.
 
 {bytes_written}
 
-The disk saturates first, long before the devices do, as soon as more than a layer or two are stored. What to set, in this
-order: fewer `hooks`; `keep: {{fraction: ...}}`; `dtype: int8` or `float8_e4m3`; `derive` (a SAE's latents, a projection);
-then more disks (a parallel file system, an object store, one run for each node).
+The disk saturates first, long before the devices do, as soon as more than a layer or two are stored. What to set, in
+this order: fewer `hooks`; `keep: {{fraction: ...}}`; `dtype: int8` or `float8_e4m3`; `derive` (a SAE's latents, a
+projection); then more disks (a parallel file system, an object store, one run for each node).
 
 ## How long
 {times}
@@ -209,15 +209,16 @@ Parts of {rows_per_part:,} tokens; 4 files a part with one hook, 35 with all lay
 
 {corpora}
 
-- **Client and scheduler** hand out a part in {part_ms:.0f} ms, so that they keep up with {fed:,.0f} workers whose parts take
-  ten seconds. Above that, raise `rows_per_part`: 262,144 rows of 4,096 bfloat16 values are chunks of 2.1 GB.
+- **Client and scheduler** hand out a part in {part_ms:.0f} ms, so that they keep up with {fed:,.0f} workers whose
+  parts take ten seconds. Above that, raise `rows_per_part`: 262,144 rows of 4,096 bfloat16 values are chunks of 2.1 GB.
 - **Commit records** are one small file per part in one folder. At 10^12 tokens there are 15 million: listing takes
-  minutes on a local disk and {lists:,.0f} requests in an object store, at every start. Raise `rows_per_part`, or cut the corpus.
+  minutes on a local disk and {lists:,.0f} requests in an object store, at every start. Raise `rows_per_part`, or
+  cut the corpus.
 - **The token table** is written by one process, whole, before the first forward pass, and each worker reads its part
   of it. At 10^11 tokens it is hundreds of gigabytes, and its writing takes days.
 - **So cut a corpus above about 10^10 tokens into runs**: one for each shard of the dataset
-  (`dataset: {{path: ..., split: "train[:1%]"}}`), each in a folder of its own, on a scheduler of their own or on one for
-  all. `ActivationLoader` mixes several runs, and results of runs add up.
+  (`dataset: {{path: ..., split: "train[:1%]"}}`), each in a folder of its own, on a scheduler of their own or on
+  one for all. `ActivationLoader` mixes several runs, and results of runs add up.
 """
 
 
