@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import ast
 import json
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import dask
 import numpy as np
 import pytest
 import torch
@@ -23,7 +25,7 @@ from actpipe import FactoredMatrix, HookedModel
 from actpipe.compute.attribution import FoldedUnembedding, attribute_components, fold_unembedding
 from actpipe.compute.evaluating import second_copy
 from actpipe.compute.heads import MEASURES, detection_pattern, score_heads
-from actpipe.errors import ActpipeError
+from actpipe.errors import ActpipeError, IncompleteStoreError, UnsupportedModelError
 from actpipe.extraction.evaluating import answer_names, induction_ids, name_prompts
 from actpipe.jobs.attribution import AttributionWeights, Target, attribute_store, column_labels
 from actpipe.jobs.heads import score_store_heads
@@ -34,8 +36,9 @@ from actpipe.models.processing import process_weights
 
 RECORDED = Path(__file__).parent / "methods"
 FAMILIES = ["bloom", "gemma2", "gpt2", "llama", "phi", "qwen3"]
+OF_WEIGHTS = [*FAMILIES, "gpt_neo", "gptj", "opt", "phi3"]
 BEHIND_A_NORM = "gemma2"
-WITH_KEY_GROUPS = ["gemma2", "llama", "qwen3"]
+WITH_KEY_GROUPS = ["gemma2", "llama", "phi3", "qwen3"]
 TOLERANCE = 1e-4
 N_LAYERS, N_HEADS = 2, 4
 
@@ -65,7 +68,13 @@ def calls(family: str, method: str, **wanted: Any) -> list[Call]:
     return found
 
 
-class Subject(NamedTuple):
+@cache
+def loaded(family: str) -> HookedModel:
+    return HookedModel.from_pretrained(str(MODELS / family), dtype="float32", device="cpu")
+
+
+@dataclass(frozen=True)
+class Subject:
     """A model and the store of the recorded tokens."""
 
     family: str
@@ -82,19 +91,35 @@ class Subject(NamedTuple):
         """Return an array of the store as `(batch, position, ...)`."""
         return self.by_position(self.store[name].compute()[None])[0]
 
+    @cached_property
+    def patterns(self) -> list[np.ndarray]:
+        """Every layer's attention, `(batch, query, head, key)`."""
+        return [self.stored(f"blocks.{layer}.attn.hook_pattern")[..., :12] for layer in range(N_LAYERS)]
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def subject(request, tmp_path_factory):
-    family = request.param
-    ids = _recorded(family)[1]["ids"].astype(int)
-    folder = tmp_path_factory.mktemp(family)
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_threads():
+    """Blocks this small cost less than handing them to threads."""
+    with dask.config.set(scheduler="synchronous"):
+        yield
+
+
+def subject_of(family: str, ids: np.ndarray, folder: Path) -> Subject:
+    """Return a model and the store of some tokens, one sequence a row."""
     (folder / "corpus.jsonl").write_text("".join(json.dumps({"ids": row}) + "\n" for row in ids.tolist()))
-    recipe = make_recipe(folder / "corpus.jsonl", MODELS / family, hooks=["*"], metrics=["loss", "correct"])
+    recipe = make_recipe(folder / "corpus.jsonl", MODELS / family, hooks=["*"])
+    if family != "bert":
+        recipe["stages"][1]["metrics"] = ["loss", "correct"]
     recipe["stages"][0] |= {"layout": "documents", "prepend_bos": False}
     recipe["stages"][0]["dataset"]["column"] = "ids"
     run(recipe, folder / "run")
-    model = HookedModel.from_pretrained(str(MODELS / family), dtype="float32", device="cpu")
-    return Subject(family, ids, actpipe.open_store(folder / "run"), model)
+    return Subject(family, ids, actpipe.open_store(folder / "run"), loaded(family))
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def subject(request, tmp_path_factory):
+    ids = _recorded(request.param)[1]["ids"].astype(int)
+    return subject_of(request.param, ids, tmp_path_factory.mktemp(request.param))
 
 
 def place(text: str) -> Any:
@@ -336,8 +361,8 @@ def recorded_pattern(name: str, ids: np.ndarray) -> np.ndarray:
 def scores(subject: Subject, sequence: int, pattern: str, **options: bool) -> np.ndarray:
     """Return the scores of all heads in one sequence, `(measure, layer, head)`."""
     wanted = recorded_pattern(pattern, subject.ids[sequence])
-    attention = [subject.stored(f"blocks.{layer}.attn.hook_pattern")[sequence][..., :12] for layer in range(N_LAYERS)]
-    return np.stack([score_heads(one, wanted, **options).means for one in attention]).transpose(2, 0, 1)
+    found = [score_heads(attention[sequence], wanted, **options).means for attention in subject.patterns]
+    return np.stack(found).transpose(2, 0, 1)
 
 
 def test_scores_of_heads_are_those_of_detect_head(subject):
@@ -407,17 +432,18 @@ def test_detect_head_with_exclusions_changes_what_the_next_call_finds(subject):
     assert (np.delete(alone.values.ravel(), N_HEADS + 2) == -1).all()
 
 
+@pytest.mark.parametrize("family", OF_WEIGHTS)
 @pytest.mark.parametrize("processed", [False, True])
-def test_composition_scores_are_theirs(subject, processed):
-    ours = score_compositions(open_circuits(subject.model.weights, subject.model.shape, processed=processed))
-    for call in calls(subject.family, "all_composition_scores", on="processed" if processed else "native"):
+def test_composition_scores_are_theirs(family, processed):
+    ours = score_compositions(open_circuits(loaded(family).weights, loaded(family).shape, processed=processed))
+    for call in calls(family, "all_composition_scores", on="processed" if processed else "native"):
         assert_close(ours["QKV".index(call.arguments["mode"])], call.values, call.arguments)
 
 
 def of_matrix(matrix: FactoredMatrix, result: str) -> torch.Tensor:
     """Return what was recorded of a factored matrix of all layers and heads."""
     vector = torch.linspace(-1, 1, matrix.rdim)
-    left, right = matrix.collapse_r(), matrix[0].collapse_l()
+    left, right = matrix[1, 0].collapse_r(), matrix[0, 2].collapse_l()
     return {
         "AB": lambda: matrix[1, 2].AB,
         "BA": lambda: matrix.BA,
@@ -436,10 +462,11 @@ def of_matrix(matrix: FactoredMatrix, result: str) -> torch.Tensor:
     }[result]()
 
 
+@pytest.mark.parametrize("family", OF_WEIGHTS)
 @pytest.mark.parametrize("name", ["OV", "QK"])
-def test_factored_matrices_give_what_they_give_there(subject, name):
-    matrix = getattr(open_circuits(subject.model.weights, subject.model.shape, processed=False), name)
-    found = calls(subject.family, "FactoredMatrix", matrix=name)
+def test_factored_matrices_give_what_they_give_there(family, name):
+    matrix = getattr(open_circuits(loaded(family).weights, loaded(family).shape, processed=False), name)
+    found = calls(family, "FactoredMatrix", matrix=name)
     assert len(found) == 14
     for call in found:
         ours = of_matrix(matrix, call.arguments["result"]).numpy()
@@ -451,13 +478,14 @@ def test_factored_matrices_give_what_they_give_there(subject, name):
             assert_close(ours, call.values, call.arguments)
 
 
+@pytest.mark.parametrize("family", OF_WEIGHTS)
 @pytest.mark.parametrize("on", ["native", "processed"])
-def test_singular_vectors_in_the_vocabulary_are_those_of_the_interpreter(subject, on):
-    weights = subject.model.weights.state_dict()
-    weights = process_weights(weights, subject.model.shape) if on == "processed" else weights
-    for call in calls(subject.family, "get_singular_vectors", on=on):
+def test_singular_vectors_in_the_vocabulary_are_those_of_the_interpreter(family, on):
+    weights = loaded(family).weights.state_dict()
+    weights = process_weights(weights, loaded(family).shape) if on == "processed" else weights
+    for call in calls(family, "get_singular_vectors", on=on):
         kind, head = call.arguments["vector_type"], call.arguments["head_index"]
-        if kind == "OV" and subject.family in WITH_KEY_GROUPS:  # not there: the names of shared values are others
+        if kind == "OV" and family in WITH_KEY_GROUPS:  # not there: the names of shared values are others
             assert call.values is None
             continue
         if kind == "OV":
@@ -523,6 +551,24 @@ def test_the_names_dataset_has_one_prompt_there_and_different_ones_here(trained)
     assert len(set(call.labels)) == 1
     assert len(set(texts)) == 2
     assert_close(differences[texts.index(call.labels[0])], call.values[0])
+
+
+def test_stacks_of_an_encoder_are_theirs_but_for_the_one_that_does_not_add_up(tmp_path):
+    ids = np.load(MODELS / "bert" / "inputs.npz")["ids"]
+    subject = subject_of("bert", ids, tmp_path)
+    (streams, normed), (parts,), (heads,) = (calls("bert", name) for name in (STACKS[1], STACKS[0], STACKS[2]))
+    stack, labels = actpipe.accumulated_resid(subject.store)
+    results, names = actpipe.stack_head_results(subject.store, subject.model.weights)
+
+    assert (labels, names) == (streams.labels, heads.labels)
+    assert_close(subject.by_position(stack)[:, :, -1], streams.values)
+    assert_close(subject.by_position(results)[:, :, -1], heads.values)
+    assert error(parts.values.sum(0), streams.values[-1]) > 0.5
+    with pytest.raises(UnsupportedModelError, match="no sum of"):
+        actpipe.decompose_resid(subject.store)
+    assert normed.values is None
+    with pytest.raises(IncompleteStoreError, match=r"ln_final\.hook_scale"):
+        actpipe.accumulated_resid(subject.store, apply_ln=True)
 
 
 def test_the_decoder_of_t5_sees_later_tokens_there_and_not_here():

@@ -25,14 +25,21 @@ from typing import Any
 import numpy as np
 import torch
 import transformer_lens.loading_from_pretrained as loading
-from transformer_lens import HookedEncoderDecoder, HookedTransformer, SVDInterpreter, evals, utils
+from transformer_lens import HookedEncoder, HookedEncoderDecoder, HookedTransformer, SVDInterpreter, evals, utils
 from transformer_lens.head_detector import HEAD_NAMES, detect_head
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, T5ForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertForPreTraining,
+    PreTrainedTokenizerFast,
+    T5ForConditionalGeneration,
+)
 
 HERE = Path(__file__).parent
 MODELS = HERE.parent / "data"
 INDUCTION = HERE.parents[2] / "workflows" / "data" / "induction-2l"
 FAMILIES = ("gpt2", "llama", "gemma2", "qwen3", "bloom", "phi")
+OF_WEIGHTS_ONLY = ("gpt_neo", "gptj", "opt", "phi3")
 PROCESSING = {
     "native": dict.fromkeys(("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases"), False),
     "folded": {
@@ -289,8 +296,8 @@ def record_weights(to: Recording, models: dict[str, HookedTransformer]) -> None:
         results: dict[str, Callable[[], Any]] = {
             "AB": lambda m=matrix: m[1, 2].AB,
             "BA": lambda m=matrix: m.BA,
-            "U S": lambda m=matrix: m.collapse_r() @ m.collapse_r().transpose(-1, -2),
-            "S Vh": lambda m=matrix: m[0].collapse_l().transpose(-1, -2) @ m[0].collapse_l(),
+            "U S": lambda m=matrix: m[1, 0].collapse_r() @ m[1, 0].collapse_r().T,
+            "S Vh": lambda m=matrix: m[0, 2].collapse_l().T @ m[0, 2].collapse_l(),
             "S": lambda m=matrix: m.S,
             "eigenvalues": lambda m=matrix: m.eigenvalues,
             "norm": lambda m=matrix: m.norm(),
@@ -347,6 +354,39 @@ def record_family(family: str, scratch: Path) -> dict[str, Any]:
     record_lens(to, models["folded"], caches["folded"])
     to.values["ids"] = ids.numpy().astype(np.float32)
     return to.write(family)
+
+
+def record_weights_of(family: str, scratch: Path) -> dict[str, Any]:
+    """Record what weights alone say of one more tiny model."""
+    folder, to = MODELS / family, Recording()
+    models = {name: build(folder, name, scratch) for name in ("native", "processed")}
+    check_against_recorded(models["native"], folder)
+    record_weights(to, models)
+    return to.write(family)
+
+
+def record_bert(scratch: Path) -> dict[str, Any]:
+    """Record the stacks that an encoder's cache gives."""
+    folder, to = MODELS / "bert", Recording()
+    copy = str(prepare(folder, scratch))
+    native = BertForPreTraining.from_pretrained(copy, torch_dtype=torch.float32).eval()
+    config = loading.get_pretrained_model_config(copy, device="cpu", dtype=torch.float32)
+    model = HookedEncoder(config, AutoTokenizer.from_pretrained(copy), move_to_device=False)
+    state = loading.get_pretrained_state_dict(copy, config, native, dtype=torch.float32)
+    model.load_state_dict(state, strict=False)
+    recorded = np.load(folder / "tl2.npz")
+    cache = model.run_with_cache(torch.from_numpy(np.load(folder / "inputs.npz")["ids"]))[1]
+    for name, values in recorded.items():
+        if name in cache.cache_dict:
+            np.testing.assert_allclose(cache[name].numpy(), values, atol=1e-4, err_msg=name)
+    for method, given in (
+        ("accumulated_resid", {}),
+        ("accumulated_resid", {"apply_ln": True}),
+        ("decompose_resid", {}),
+    ):
+        to.add(method, lambda m=method, g=given: getattr(cache, m)(return_labels=True, pos_slice=-1, **g), **given)
+    to.add("stack_head_results", lambda: cache.stack_head_results(pos_slice=-1, return_labels=True))
+    return to.write("bert")
 
 
 def record_evaluations(scratch: Path) -> dict[str, Any]:
@@ -428,7 +468,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         calls = {family: record_family(family, scratch) for family in FAMILIES}
-        calls |= {"induction-2l": record_evaluations(scratch), "t5": record_t5(scratch)}
+        calls |= {family: record_weights_of(family, scratch) for family in OF_WEIGHTS_ONLY}
+        calls |= {"bert": record_bert(scratch), "t5": record_t5(scratch)}
+        calls |= {"induction-2l": record_evaluations(scratch)}
     lines = [
         f"{json.dumps(family)}: {{\n"
         + ",\n".join(f"  {json.dumps(key)}: {json.dumps(call)}" for key, call in of.items())
