@@ -32,7 +32,7 @@ from actpipe.jobs.attribution import AttributionWeights, Target, attribute_store
 from actpipe.jobs.heads import score_store_heads
 from actpipe.jobs.residual import components_of
 from actpipe.lenses import lens_of
-from actpipe.models.circuits import open_circuits, score_compositions
+from actpipe.models.circuits import open_circuits, score_circuits, score_compositions
 from actpipe.models.processing import process_weights
 
 RECORDED = Path(__file__).parent / "methods"
@@ -447,6 +447,16 @@ def test_composition_scores_are_theirs(family, processed):
     ours = score_compositions(open_circuits(loaded(family).weights, loaded(family).shape, processed=processed))
     for call in calls(family, "all_composition_scores", on="processed" if processed else "native"):
         assert_close(ours["QKV".index(call.arguments["mode"])], call.values, call.arguments)
+
+
+@pytest.mark.parametrize("family", OF_WEIGHTS)
+@pytest.mark.parametrize("processed", [False, True])
+def test_copying_and_matching_scores_are_those_of_the_eigenvalues_there(family, processed):
+    circuits = open_circuits(loaded(family).weights, loaded(family).shape, processed=processed)
+    ours = score_circuits(circuits, n_tokens=1)
+    for name in ("ov_copying", "qk_matching"):
+        (call,) = calls(family, name, on="processed" if processed else "native")
+        assert_close(ours[name], call.values, call.arguments)
 
 
 def of_matrix(matrix: FactoredMatrix, result: str) -> torch.Tensor:

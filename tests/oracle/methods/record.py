@@ -1,16 +1,14 @@
 """Record what TransformerLens 2.16's own methods give for the tiny models beside this folder.
 
-    python -m venv ENV
-    ENV/bin/pip install transformer-lens==2.16.1 "transformers<4.58" "datasets<4" "pyarrow<20" "pandas<3"
-    ENV/bin/python tests/oracle/methods/record.py
-
-It imports nothing of actpipe. Each model is built by TransformerLens' own conversion of the native weights and
-must first give the recorded activations (`tl2.npz`, or the native logits where there are none). Every call is
-then written down: method, arguments and labels in `calls.json`, values under the same key in `FAMILY.npz`.
+README.md beside it says how it is run, in an environment of its own; it imports nothing of actpipe. Each tiny model is
+built by TransformerLens' own conversion of the native weights and must first give the recorded activations (`tl2.npz`,
+or the native logits where there are none). Every call is then written down: method, arguments and labels in
+`calls.json`, values under the same key in `FAMILY.npz`.
 """
 
 from __future__ import annotations
 
+import ast
 import json
 import logging
 import random
@@ -81,7 +79,7 @@ class Recording:
 
 def sliced(text: str | None) -> Any:
     """Return a slice as TransformerLens takes it: an int, a list of places, or the tuple of a range."""
-    return None if text is None else eval(text, {"__builtins__": {}})
+    return None if text is None else ast.literal_eval(text)
 
 
 def prepare(folder: Path, scratch: Path) -> Path:
@@ -285,10 +283,17 @@ def record_detection(to: Recording, model: HookedTransformer, ids: torch.Tensor)
 
 
 def record_weights(to: Recording, models: dict[str, HookedTransformer]) -> None:
-    """Record factored matrices, composition and singular vectors."""
-    for processing, mode in product(("native", "processed"), ("Q", "K", "V")):
+    """Record composition, copying, factored matrices and singular vectors."""
+    for processing in ("native", "processed"):
         model = models[processing]
-        to.add("all_composition_scores", lambda m=model, k=mode: m.all_composition_scores(k), mode=mode, on=processing)
+        for mode in "QKV":
+            to.add(
+                "all_composition_scores", lambda m=model, k=mode: m.all_composition_scores(k), mode=mode, on=processing
+            )
+        circuits = {"ov_copying": model.W_E @ model.OV @ model.W_U, "qk_matching": model.W_E @ model.QK @ model.W_E.T}
+        for name, circuit in circuits.items():
+            values = circuit.eigenvalues
+            to.add(name, lambda v=values: v.sum(-1).real / v.abs().sum(-1), on=processing)
     d_model = models["native"].cfg.d_model
     vector, square = torch.linspace(-1, 1, d_model), torch.eye(d_model)[:, :3] * 2
     for name in ("OV", "QK"):
