@@ -387,6 +387,7 @@ def record_bert(scratch: Path) -> dict[str, Any]:
     for method, given in (
         ("accumulated_resid", {}),
         ("accumulated_resid", {"apply_ln": True}),
+        ("accumulated_resid", {"layer": 1, "apply_ln": True}),
         ("decompose_resid", {}),
     ):
         to.add(method, lambda m=method, g=given: getattr(cache, m)(return_labels=True, pos_slice=-1, **g), **given)
