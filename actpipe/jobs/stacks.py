@@ -13,6 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from actpipe.compute.residual import residual_hook
+from actpipe.errors import UnsupportedModelError
+from actpipe.hooks import build_catalogue
 from actpipe.jobs.blocks import require_arrays
 from actpipe.jobs.residual import components_of
 from actpipe.jobs.written import (
@@ -264,6 +266,7 @@ def apply_ln_to_stack(store: ActivationStore, stack: Any, layer: int | None = No
 
     Raises:
         IncompleteStoreError: The scale is not stored.
+        UnsupportedModelError: The model has no norm there, or norms behind its blocks, as encoders do.
 
     Source:
         TransformerLens 2.16, `ActivationCache.apply_ln_to_stack`.
@@ -272,6 +275,10 @@ def apply_ln_to_stack(store: ActivationStore, stack: Any, layer: int | None = No
     name = (
         "ln_final.hook_scale" if stop == store.shape.n_layers else f"blocks.{stop}.ln{2 if mlp_input else 1}.hook_scale"
     )
+    if not store.shape.sums_to_logits or name not in build_catalogue(store.shape):
+        raise UnsupportedModelError(
+            f"apply_ln: {store.manifest.model.family} has no norm that reads the stream as {name} would; leave it out"
+        )
     require_arrays(store, [name], "apply_ln")
     if store.shape.norm == "LN":
         stack = stack - stack.mean(-1, keepdims=True)
