@@ -178,8 +178,8 @@ here was run on such machines: it is arithmetic from figures that are stated, an
 
 **Assumed**: a forward pass reaches {utilisation:.0%} of a device's peak (dense bfloat16: A100 312, H100 989 TFLOP/s,
 by the vendor); context {context:,}; a disk takes {disk}/s, a link {network}/s; S3 takes {puts:,} puts per second and
-prefix (its documentation). A model that needs several devices is spread over them layer after layer (`device_map`), so that
-one of them computes at a time.
+prefix (its documentation). A model that needs several devices is spread over them layer after layer (`device_map`), so
+that one of them computes at a time.
 
 **Measured** (on two shared cores; take them again with the command): client and scheduler compute {part_ms:.0f} ms for
 a part (`python benchmarks/cluster.py scheduler`); a commit record takes {record} bytes for each array, and listing
