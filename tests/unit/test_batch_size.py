@@ -128,7 +128,8 @@ def test_what_was_found_is_remembered_for_runs_like_it_and_no_others(corpus, tmp
     run(make_recipe(corpus, **EXTRACT), tmp_path / "first")
     run(make_recipe(corpus, **EXTRACT), tmp_path / "second")
     assert [settled(tmp_path / name) for name in ("first", "second")] == [96, 96]
-    plan_recipe(make_recipe(corpus, **EXTRACT), out=tmp_path / "planned")
+    (planned,) = [f for f in plan_recipe(make_recipe(corpus, **EXTRACT), out=tmp_path / "planned") if f.note]
+    assert planned.note == "batches of 96 tokens: found by an earlier trial on CPU"
     assert len(trials) == 1
     run(make_recipe(corpus, **EXTRACT | {"hooks": ["blocks.0.attn.hook_pattern"]}), tmp_path / "third")
     assert settled(tmp_path / "third") == 64
