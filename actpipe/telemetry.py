@@ -99,7 +99,7 @@ class Telemetry:
 
     def say(self, text: str) -> None:
         """Tell people something, once."""
-        self.console.print(text, highlight=False, soft_wrap=True)
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def note(self, text: str, kind: str, **fields: Any) -> None:
         """Tell people something, and log it as an event."""
