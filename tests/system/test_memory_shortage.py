@@ -13,7 +13,7 @@ from support import MODELS, TEXTS, all_bytes, make_recipe, run
 
 from actpipe import HookedModel, open_results, open_store
 from actpipe.describing import verify_run
-from actpipe.devices import ran_out_of_memory
+from actpipe.devices import ran_out_of_memory, shortage_in_words
 from actpipe.errors import DeviceMemoryError
 from actpipe.repairing import recheck_run
 from actpipe.stores.writing import read_commit
@@ -201,6 +201,26 @@ def test_what_allocators_say_is_understood(allocate):
         allocate()
 
     assert ran_out_of_memory(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        (
+            "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to "
+            "allocate 16777216 bytes. Error code 12 (Cannot allocate memory)\nmore",
+            "DefaultCPUAllocator: can't allocate memory: you tried to allocate 16777216 bytes. Error code 12 "
+            "(Cannot allocate memory)",
+        ),
+        (
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1 is free.",
+            "CUDA out of memory. Tried to allocate 2.00 GiB",
+        ),
+        ("", "RuntimeError"),
+    ],
+)
+def test_what_people_are_told_is_short(said, words):
+    assert shortage_in_words(RuntimeError(said)) == words
 
 
 @pytest.mark.parametrize(
