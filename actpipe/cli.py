@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from actpipe.errors import ActpipeError
+from actpipe.errors import ActpipeError, exit_code_of
 from actpipe.records import Finding
 
 app = typer.Typer(
@@ -38,6 +38,12 @@ Set = Annotated[
         "--set", metavar="KEY=VALUE", help="Change a setting: model.dtype=float16, tokenize_text.max_tokens=1000."
     ),
 ]
+Scheduler = Annotated[
+    str | None,
+    typer.Option(
+        help="Give the parts to the workers of this Dask scheduler (tcp://10.0.0.1:8786).", show_default=False
+    ),
+]
 RecipeOfRun = Annotated[
     Path | None,
     typer.Option("--recipe", help="Recipe of the run, where its paths are relative to it.", show_default=False),
@@ -47,24 +53,40 @@ Revision = Annotated[
 ]
 
 
+LogFormat = Annotated[
+    Literal["text", "json"],
+    typer.Option("--log-format", envvar="ACTPIPE_LOG_FORMAT", help="json: the log's lines on stderr, for machines."),
+]
+MetricsPort = Annotated[
+    int | None,
+    typer.Option("--metrics-port", min=0, max=65535, help="Serve Prometheus metrics there.", show_default=False),
+]
+MetricsHost = Annotated[str, typer.Option("--metrics-host", help="Address to serve them on.")]
+
+
 @app.command()
-def run(recipe: Recipe, out: Out = None, set_: Set = None) -> None:
+def run(
+    recipe: Recipe,
+    out: Out = None,
+    set_: Set = None,
+    scheduler: Scheduler = None,
+    log_format: LogFormat = "text",
+    metrics_port: MetricsPort = None,
+    metrics_host: MetricsHost = "127.0.0.1",
+) -> None:
     """Run a recipe. Interrupted, the same command continues; finished, it does nothing.
 
     Example: `actpipe run workflows/quickstart.yaml --out runs/try --set tokenize_text.max_tokens=20000`
+
+    Exits with 0 when all is done, 75 where the same command may succeed later, 130 and 143 after Ctrl-C and SIGTERM,
+    else with 1.
     """
     from actpipe.interrupting import INTERRUPTION
+    from actpipe.operating import told_as
     from actpipe.running import run_recipe
 
-    try:
-        with INTERRUPTION.heard():
-            summary = run_recipe(recipe, out=out, overrides=set_ or ())
-    except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted; the same command continues where this one stopped")
-        raise typer.Exit(130) from None
-    except SystemExit:
-        Console(stderr=True).print("asked to end: the part at hand is finished; the same command continues")
-        raise
+    with told_as(log_format, metrics_port=metrics_port, metrics_host=metrics_host) as telemetry, INTERRUPTION.heard():
+        summary = run_recipe(recipe, out=out, overrides=set_ or (), telemetry=telemetry, scheduler=scheduler)
     console = new_console()
     for finding in summary.findings:
         print_finding(console, finding)
@@ -72,6 +94,23 @@ def run(recipe: Recipe, out: Out = None, set_: Set = None) -> None:
     report = summary.folder / "report.html"
     if report.is_file():
         console.print(f"report:     {report}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def worker(
+    scheduler: Annotated[str, typer.Argument(help="Address of a Dask scheduler: tcp://10.0.0.1:8786.")],
+    name: Annotated[str | None, typer.Option(help="Name in logs and on Dask's dashboard.", show_default=False)] = None,
+    lifetime: Annotated[
+        float | None, typer.Option(min=1, help="Leave in order after so many seconds.", show_default=False)
+    ] = None,
+) -> None:
+    """Do parts of runs that are given to a Dask scheduler. Asked to end (SIGTERM), it finishes the parts at hand.
+
+    Start one for each device: `CUDA_VISIBLE_DEVICES=0 actpipe worker tcp://10.0.0.1:8786`
+    """
+    from actpipe.cluster.working import work_for
+
+    work_for(scheduler, name=name, seconds=lifetime)
 
 
 @app.command()
@@ -142,6 +181,31 @@ def info(run: Run) -> None:
     console = new_console()
     for finding in describe_run(run):
         print_finding(console, finding)
+
+
+@app.command()
+def status(
+    run: Run,
+    watch: Annotated[bool, typer.Option("--watch", help="Look again every five seconds until it ends.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line, for machines.")] = False,
+) -> None:
+    """Say what a run is doing, or how it ended; from any machine that sees its folder or URL. Changes nothing.
+
+    Exits with 0 where it is finished or at work, with 3 where it stopped before the end, with 1 where there is no run.
+    """
+    from actpipe.status import WATCH_SECONDS, describe_status, follow_run
+
+    console, code = new_console(), 0
+    for found in follow_run(run, every=WATCH_SECONDS if watch else None):
+        code = found.exit_code
+        if as_json:
+            typer.echo(found.to_json())
+            continue
+        if watch:
+            console.clear()
+        for finding in describe_status(found):
+            print_finding(console, finding)
+    raise typer.Exit(code)
 
 
 @app.command()
@@ -268,9 +332,9 @@ def print_finding(console: Console, finding: Finding) -> None:
 
 
 def main() -> None:
-    """Run the command line; errors raised on purpose are one line and exit code 1."""
+    """Run the command line; errors raised on purpose are one line and the exit code of their class."""
     try:
         app(standalone_mode=True)
     except ActpipeError as error:
         Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        sys.exit(1)
+        sys.exit(exit_code_of(error))

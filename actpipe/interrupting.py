@@ -8,12 +8,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from actpipe.errors import EXIT_ASKED_TO_END, ActpipeError
+
 
 class Interruption:
     """Whether someone asked this process to end, and how."""
 
     def __init__(self) -> None:
         self._asked: int | None = None
+        self.reason: ActpipeError | None = None
+        """Why this process must end by itself, if it must."""
 
     @contextmanager
     def heard(self) -> Iterator[None]:
@@ -29,24 +33,40 @@ class Interruption:
                 signal.signal(number, handler)
             self._asked = None
 
+    @property
+    def asked(self) -> bool:
+        """Whether someone asked; what is under way may be finished."""
+        return self._asked is not None or self.reason is not None
+
+    def end_with(self, reason: ActpipeError) -> None:
+        """Ask for the end from within: the run may not go on, and nobody could raise that where parts are done."""
+        self.reason = reason
+
+    def forget_reason(self) -> None:
+        """Drop what `end_with` asked for; the run that it was meant for has ended."""
+        self.reason = None
+
     def raise_if_asked(self) -> None:
         """End here, if someone asked: whoever does parts calls this between two of them.
 
         Raises:
             KeyboardInterrupt: After Ctrl-C, also where the first one was lost in a callback of some library.
             SystemExit: After SIGTERM, with 143, the exit code of a process that ended because of it.
+            ActpipeError: What `end_with` was given.
         """
+        if self.reason is not None:
+            raise self.reason
         if self._asked == signal.SIGINT:
             raise KeyboardInterrupt
         if self._asked == signal.SIGTERM:
-            raise SystemExit(128 + signal.SIGTERM)
+            raise SystemExit(EXIT_ASKED_TO_END)
 
     def _hear(self, number: int, _frame: FrameType | None) -> None:
         again, self._asked = self._asked is not None, number
         if number == signal.SIGINT:
             raise KeyboardInterrupt
         if again:
-            raise SystemExit(128 + signal.SIGTERM)
+            raise SystemExit(EXIT_ASKED_TO_END)
 
 
 INTERRUPTION = Interruption()

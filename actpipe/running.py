@@ -6,6 +6,7 @@ import importlib.metadata
 import io
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,17 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from actpipe import __version__
+from actpipe.contexts import load_recipe, make_context
 from actpipe.errors import RecipeError, StoreMismatchError
 from actpipe.jobs.engine import InProcess
-from actpipe.models.hooked_model import HookedModel, ModelSpec
-from actpipe.models.loading import ModelSource
+from actpipe.models.hooked_model import ModelSpec
+from actpipe.operating import told_of
 from actpipe.placing import describe_placement, fits_as_written, placement_of, this_machine
 from actpipe.planning import Devices
-from actpipe.recipes import RecipeText, check_recipe, read_recipe_text, with_overrides
+from actpipe.recipes import RecipeText, read_recipe_text, with_overrides
 from actpipe.records import Finding
 from actpipe.schemas.base import AnalysisConfig, StageConfig
+from actpipe.schemas.engine import EngineConfig
 from actpipe.schemas.eval_analyses import EvaluateModelConfig
 from actpipe.schemas.manifest import ModelIdentity, RunRecord
 from actpipe.schemas.recipe import (
@@ -32,11 +35,11 @@ from actpipe.schemas.recipe import (
     TokenizeTextConfig,
 )
 from actpipe.schemas.reducing import ReduceActivationsConfig
-from actpipe.stage import Plans, RunContext, Stage, check_order, find_stage, foreign_configs
+from actpipe.stage import Engine, Plans, RunContext, Stage, check_order, find_stage
 from actpipe.stores.cleaning import clear_abandoned
 from actpipe.stores.layout import RunFolder, disk_trouble_explained, write_whole
 from actpipe.stores.locking import only_run_in
-from actpipe.stores.remote import at_work_in, local_folder, remote_of
+from actpipe.stores.remote import at_work_in, local_folder, publish, remote_of
 from actpipe.stores.results import list_results
 from actpipe.stores.run_record import read_record
 from actpipe.stores.token_table import TokenTable
@@ -74,6 +77,7 @@ def run_recipe(
     out: str | Path | None = None,
     overrides: Iterable[str] = (),
     telemetry: Telemetry | None = None,
+    scheduler: str | None = None,
 ) -> RunSummary:
     """Run a recipe; what an earlier run of it has finished is not done again.
 
@@ -82,11 +86,13 @@ def run_recipe(
         out: The run folder; by default `runs/NAME` in the working folder.
         overrides: `key=value` settings, as `--set` takes them.
         telemetry: Who is told; by default a console on the standard error stream.
+        scheduler: Address of a Dask scheduler whose workers do the parts, in place of the recipe's `engine`.
 
     Raises:
         ActpipeError: The recipe, the model, the data or what is on disk does not fit; nothing was run.
     """
-    return run_after(lambda _: None, *prepare(recipe, out, overrides, telemetry or Telemetry()))
+    stages, context = prepare(recipe, out, overrides, telemetry or Telemetry(), scheduler=scheduler)
+    return run_after(lambda _: None, stages, context)
 
 
 def run_after(before: Callable[[RunFolder], None], stages: Sequence[Stage], context: RunContext) -> RunSummary:
@@ -94,7 +100,12 @@ def run_after(before: Callable[[RunFolder], None], stages: Sequence[Stage], cont
     folder = context.folder
     _refuse_foreign_folder(folder)
     existed = folder.root.exists()
-    with disk_trouble_explained(folder), only_run_in(folder), at_work_in(folder.root) as save:
+    with (
+        disk_trouble_explained(folder),
+        only_run_in(folder) as is_ours,
+        at_work_in(folder.root) as save,
+        closing(context.engine),
+    ):
         clear_abandoned(folder)
         try:
             _check_everything(stages, context)
@@ -102,14 +113,16 @@ def run_after(before: Callable[[RunFolder], None], stages: Sequence[Stage], cont
             _leave_no_trace(folder, existed=existed)
             raise
         before(folder)
-        context.telemetry.log = folder.log
         try:
-            _write_record(folder, context.recipe, context.spec)
-            _run_stages(stages, context, save)
-            _write_record(folder, context.recipe, context.spec)
-            save()
+            with told_of(folder, context.telemetry), disk_trouble_explained(folder):
+                _write_record(folder, context.recipe, context.spec)
+                publish([folder.record])
+                _run_stages(stages, context, save)
+                _write_record(folder, context.recipe, context.spec)
+                save()
         finally:
-            clear_abandoned(folder)
+            if is_ours():
+                clear_abandoned(folder)
     return RunSummary(folder.root, tuple(context.findings))
 
 
@@ -127,6 +140,7 @@ def plan_recipe(
     the recipe has it, no weights are loaded, and no speed is measured.
     """
     stages, context = prepare(recipe, out, overrides, telemetry or Telemetry())
+    context.engine = InProcess()
     context.devices = devices
     _check_everything(stages, context)
     devices = devices or this_machine()
@@ -138,15 +152,31 @@ def plan_recipe(
 
 
 def prepare(
-    recipe: str | Path | Mapping[str, Any], out: str | Path | None, overrides: Iterable[str], telemetry: Telemetry
+    recipe: str | Path | Mapping[str, Any],
+    out: str | Path | None,
+    overrides: Iterable[str],
+    telemetry: Telemetry,
+    *,
+    scheduler: str | None = None,
 ) -> tuple[list[Stage], RunContext]:
     """Read a recipe: its stages, and what they are given."""
     text, base = read_any(recipe)
+    if scheduler is not None:
+        overrides = [*overrides, "engine={}", "engine.kind=dask", f"engine.scheduler={scheduler}"]
     checked = load_recipe(with_overrides(text, overrides))
     name = checked.name or Path(text.title).stem
     folder = RunFolder(local_folder(out if out is not None else Path("runs") / name))
-    context = make_context(checked, base, folder, telemetry)
+    context = make_context(checked, base, folder, telemetry, make_engine(checked.engine))
     return [find_stage(config.stage)(config) for config in checked.stages], context
+
+
+def make_engine(config: EngineConfig) -> Engine:
+    """Return who does the parts; a cluster is started when it is first needed."""
+    if config.kind == "process":
+        return InProcess()
+    from actpipe.cluster.engine import DaskEngine
+
+    return DaskEngine(config)
 
 
 def _check_everything(stages: Sequence[Stage], context: RunContext) -> None:
@@ -166,45 +196,6 @@ def read_any(recipe: str | Path | Mapping[str, Any]) -> tuple[RecipeText, Path]:
         return RecipeText("recipe", json.loads(json.dumps(recipe))), Path.cwd()
     path = Path(recipe)
     return read_recipe_text(path), path.resolve().parent
-
-
-def load_recipe(text: RecipeText) -> Recipe:
-    """Check a recipe, stages of other packages included."""
-    stages = text.data.get("stages") if isinstance(text.data, dict) else None
-    names = [stage.get("stage") for stage in stages or () if isinstance(stage, dict)]
-    return check_recipe(text, foreign_configs(name for name in names if isinstance(name, str)))
-
-
-def make_context(recipe: Recipe, base: Path, folder: RunFolder, telemetry: Telemetry) -> RunContext:
-    """Return what the stages are given."""
-    model = recipe.model
-    local = base / Path(model.name).expanduser()
-    source = ModelSource(
-        str(local) if local.is_dir() or model.name.startswith((".", "/", "~")) else model.name,
-        model.revision,
-        model.trust_remote_code,
-    )
-
-    def load_model() -> HookedModel:
-        return HookedModel.from_source(
-            source,
-            dtype=model.dtype,
-            device=model.device,
-            device_map=model.device_map,
-            max_memory=model.max_memory,
-            offload_folder=None if model.offload_folder is None else base / Path(model.offload_folder).expanduser(),
-            convention=model.convention,
-        )
-
-    return RunContext(
-        folder=folder,
-        base=base,
-        recipe=recipe,
-        engine=InProcess(),
-        telemetry=telemetry,
-        load_spec=lambda: ModelSpec(source, model.dtype, model.convention),
-        load_model=load_model,
-    )
 
 
 def check_names(stages: Sequence[StageConfig]) -> None:
@@ -236,10 +227,9 @@ def _is_present(folder: RunFolder, kind: str) -> bool:
 
 def _run_stages(stages: Sequence[Stage], context: RunContext, save: Callable[[], None]) -> None:
     for stage in stages:
-        context.telemetry.event("stage", stage=stage.config.stage, corpus=stage.config.corpus)
-        stage.run(context)
-        save()
-    context.telemetry.event("run finished")
+        with context.telemetry.stage(stage.config.stage, stage.config.corpus), context.engine.analysing(context):
+            stage.run(context)
+            save()
 
 
 def _refuse_foreign_folder(folder: RunFolder) -> None:
@@ -265,7 +255,7 @@ def _leave_no_trace(folder: RunFolder, *, existed: bool) -> None:
 
 def _write_record(folder: RunFolder, recipe: Recipe, spec: ModelSpec) -> None:
     """Write `run.yaml`: data stages stay as they were first written, analyses are those of this recipe."""
-    resolved = recipe.model_dump(mode="json")
+    resolved = recipe.model_dump(mode="json", exclude={"engine"})
     version, libraries = __version__, _library_versions()
     if folder.record.is_file():
         earlier = read_record(folder)

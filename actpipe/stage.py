@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
@@ -14,7 +16,7 @@ from actpipe.planning import Devices
 from actpipe.records import Finding, Part
 from actpipe.schemas.base import StageConfig
 from actpipe.schemas.recipe import BUILT_IN_STAGES, ExtractActivationsConfig, Recipe
-from actpipe.telemetry import Telemetry
+from actpipe.telemetry import Meter, Telemetry
 
 if TYPE_CHECKING:
     from actpipe.models.hooked_model import HookedModel, ModelSpec
@@ -26,11 +28,44 @@ GROUP = "actpipe.stages"
 ConfigT = TypeVar("ConfigT", bound=StageConfig)
 
 
+class PartWorker(Protocol):
+    """Something that does one part after another, with the model at hand."""
+
+    def __call__(self, part: Part) -> Future[None]:
+        """Compute a part; the future is done once it counts, and writing goes on beside the next part until then."""
+
+
+class DoesParts(Protocol):
+    """A stage whose work is cut into parts, any of which any worker may do, twice if need be."""
+
+    def open_worker(self, context: RunContext, meter: Meter) -> AbstractContextManager[PartWorker]:
+        """Open what does the parts; what was handed over is finished when it is closed in order."""
+
+
+class MapsItems(Protocol):
+    """A stage that applies a function to many items, on whatever worker."""
+
+    def mapped(self, context: RunContext) -> Callable[[Any], Any]:
+        """Return that function."""
+
+
 class Engine(Protocol):
     """Something that does parts: this process, or a cluster."""
 
-    def run_parts(self, parts: Sequence[Part], worker: Callable[[Part], None]) -> None:
-        """Do every part once."""
+    is_here: bool
+    """Whether the model is run by this very process."""
+
+    def run_parts(self, parts: Sequence[Part], work: DoesParts, context: RunContext, meter: Meter) -> None:
+        """Do every part once; the meter is told of rows and bytes."""
+
+    def map_items(self, items: Iterable[Any], work: MapsItems, context: RunContext) -> Iterator[Any]:
+        """Yield what becomes of each item, in the order of the items."""
+
+    def analysing(self, context: RunContext) -> AbstractContextManager[None]:
+        """Within, graphs over the blocks of a store are computed by the same workers."""
+
+    def close(self) -> None:
+        """Let go of workers, where there are any."""
 
 
 @dataclass

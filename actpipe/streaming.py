@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 Item = TypeVar("Item")
+
+
+def already_done() -> Future[None]:
+    """Return a future of what is done."""
+    done = Future[None]()
+    done.set_result(None)
+    return done
 
 
 class BackgroundWorker(AbstractContextManager["BackgroundWorker[Item]"], Generic[Item]):
@@ -35,6 +44,7 @@ class BackgroundWorker(AbstractContextManager["BackgroundWorker[Item]"], Generic
         self._error: BaseException | None = None
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="actpipe-background", daemon=True)
+        _WORKERS.add(self)
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -90,3 +100,13 @@ class BackgroundWorker(AbstractContextManager["BackgroundWorker[Item]"], Generic
     def _raise_error(self) -> None:
         if self._error is not None:
             raise self._error
+
+
+_WORKERS: weakref.WeakSet[BackgroundWorker[Any]] = weakref.WeakSet()
+"""All of this process."""
+
+
+def under_way() -> tuple[int, int]:
+    """Return how many items wait in this process for a thread of theirs, and what those under way cost together."""
+    workers = list(_WORKERS)
+    return sum(len(worker._items) for worker in workers), sum(worker._cost for worker in workers)

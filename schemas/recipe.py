@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self, Union
 from actpipe.schemas.analyses import ANALYSES
 from actpipe.schemas.base import Contract, Dtype, Name, NonEmpty, StageConfig
 from actpipe.schemas.choosing import DeriveConfig, KeepConfig
+from actpipe.schemas.engine import EngineConfig
 from actpipe.schemas.eval_analyses import EvaluateModelConfig
 from actpipe.schemas.reducing import ReduceActivationsConfig
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
@@ -308,5 +309,12 @@ class Recipe(Contract):
     """Name of the run; by default that of the recipe's file. The run folder is `runs/NAME`."""
     model: ModelConfig
     """The model that every stage uses."""
+    engine: EngineConfig = EngineConfig()
+    """Who does the parts; `engine: dask` is short for `engine: {kind: dask}`."""
     stages: Annotated[tuple[AnyStage, ...], Field(min_length=1)]
     """What is done, from top to bottom."""
+
+    @field_validator("engine", mode="before")
+    @classmethod
+    def _name_engine(cls, value: object) -> object:
+        return {"kind": value} if isinstance(value, str) else value

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -15,7 +17,7 @@ from actpipe.extraction.estimate import estimate, row_bytes
 from actpipe.extraction.keeping import most_rows, settle_rows
 from actpipe.extraction.layout import check_encoding, check_rows_per_part, plan_store
 from actpipe.extraction.proof import prove_hooks
-from actpipe.extraction.settling import find_batch_tokens, settle_batch_tokens
+from actpipe.extraction.settling import FindsBatchSize, find_batch_tokens, settle_batch_tokens
 from actpipe.extraction.trial import tokens_per_second
 from actpipe.extraction.worker import ExtractionWorker
 from actpipe.hooks import ModelShape
@@ -25,10 +27,10 @@ from actpipe.models.loading import resolve_device
 from actpipe.planning import format_bytes, plan_parts
 from actpipe.records import Finding, Part
 from actpipe.stage import RunContext
-from actpipe.stores.layout import RunFolder
 from actpipe.stores.reading import ActivationStore, is_complete
 from actpipe.stores.token_table import TokenTable
-from actpipe.stores.writing import create_store, missing_parts
+from actpipe.stores.writing import create_store, missing_parts, read_manifest
+from actpipe.telemetry import Meter
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,8 @@ class ExtractActivations:
         check_rows_per_part(self.config, inputs)
         if inputs.n_prefix or self.config.chunk_tokens is not None:
             self._check_pieces(context)
-        here = context.devices is None and context.recipe.model.device_map is None
-        if here and not is_complete(context.corpus(self.config)):
+        runs_here = context.engine.is_here and not is_complete(context.corpus(self.config))
+        if context.devices is None and context.recipe.model.device_map is None and runs_here:
             resolve_device(context.recipe.model.device)
 
     def plan(self, context: RunContext) -> Finding:
@@ -101,7 +103,7 @@ class ExtractActivations:
         )
         create_store(folder, manifest)
         missing = missing_parts(folder, plan_parts(manifest.n_rows, manifest.rows_per_part))
-        rate = self._extract(context, folder, manifest, missing) if missing else None
+        rate = self._extract(context, manifest, missing) if missing else None
         store = ActivationStore(folder)
         context.findings += [_describe(store, rate), *describe_fidelity(store)]
 
@@ -116,33 +118,42 @@ class ExtractActivations:
                 "sequence cannot be run piece by piece; leave it out"
             )
 
-    def _extract(self, context: RunContext, folder: RunFolder, manifest: StoreManifest, missing: list[Part]) -> float:
-        names = context.spec.select(captured_hooks(self.config))
-        derivations = plan_derivations(self.config, context.spec, context.base, manifest.context_length)
-        prove_hooks(context.model, TokenTable(folder), names)
-        if TokenTable(folder).manifest.prefix_ids or self.config.chunk_tokens is not None:
-            prove_cache(context.model, names)
-        settle_batch_tokens(
-            self.config,
-            folder,
-            lambda: context.model,
-            context_length=manifest.context_length,
-            derivations=derivations,
-            note=context.telemetry.note,
-        )
+    def _extract(self, context: RunContext, manifest: StoreManifest, missing: list[Part]) -> float:
         n_rows = sum(part.n_rows for part in missing)
         if n_rows < manifest.n_rows:
             context.telemetry.say(
                 f"continuing: {manifest.n_rows - n_rows:,} of {manifest.n_rows:,} tokens are committed already"
             )
-        with (
-            context.telemetry.progress(f"extract {self.config.corpus}", n_rows, "tokens") as meter,
-            ExtractionWorker.open(
-                self.config, context.model, folder, manifest, meter, derivations=derivations
-            ) as worker,
-        ):
-            context.engine.run_parts(missing, worker)
+        work = self._with_batch_size(context, manifest.context_length)
+        with context.telemetry.progress(f"extract {self.config.corpus}", n_rows, "tokens") as meter:
+            context.engine.run_parts(missing, work, context, meter)
         return meter.rate
+
+    def _with_batch_size(self, context: RunContext, length: int) -> ExtractActivations:
+        """Return this stage with the number of tokens in a batch, found by one of those who do the parts."""
+        found = settle_batch_tokens(
+            self.config,
+            context.corpus(self.config),
+            lambda: next(context.engine.map_items([length], FindsBatchSize(self.config), context)),
+            context.telemetry.note,
+        )
+        return replace(self, config=self.config.model_copy(update={"batch_tokens": found}))
+
+    @contextmanager
+    def open_worker(self, context: RunContext, meter: Meter) -> Iterator[ExtractionWorker]:
+        """Prove the names on this very model and hook them."""
+        folder = context.corpus(self.config)
+        manifest = read_manifest(folder)
+        names = context.spec.select(captured_hooks(self.config))
+        derivations = plan_derivations(self.config, context.spec, context.base, manifest.context_length)
+        table = TokenTable(folder)
+        prove_hooks(context.model, table, names)
+        if table.manifest.prefix_ids or self.config.chunk_tokens is not None:
+            prove_cache(context.model, names)
+        with ExtractionWorker.open(
+            self.config, context.model, folder, manifest, meter, derivations=derivations
+        ) as worker:
+            yield worker
 
 
 def _way_out(shape: ModelShape) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,6 +21,7 @@ from actpipe.stage import RunContext
 from actpipe.stores.continuations import Continuations
 from actpipe.stores.layout import RunFolder
 from actpipe.stores.token_table import TokenTable, TokenTableWriter
+from actpipe.telemetry import Meter
 from actpipe.text.packing import then_the_prefix
 
 
@@ -78,8 +81,7 @@ class GenerateText:
             )
         n_left = sum(part.n_rows for part in missing)
         with context.telemetry.progress(f"generate {self.config.corpus}", n_left, "prompt tokens") as meter:
-            worker = GenerationWorker(self.config, context.model, prompts, pieces, meter)
-            context.engine.run_parts(missing, worker)
+            context.engine.run_parts(missing, self, context, meter)
         writer = TokenTableWriter(folder, kept_columns(prompts))
         records = continued(prompts, parts, pieces)
         prefix = prompts.manifest.prefix_ids
@@ -89,6 +91,12 @@ class GenerateText:
             shutil.copytree(source.tokenizer, folder.tokenizer)
         writer.commit(self._manifest(prompts.manifest, writer))
         pieces.remove()
+
+    @contextmanager
+    def open_worker(self, context: RunContext, meter: Meter) -> Iterator[GenerationWorker]:
+        """Have the model at hand."""
+        prompts = TokenTable(context.folder.corpus(self.config.prompts))
+        yield GenerationWorker(self.config, context.model, prompts, Continuations(context.corpus(self.config)), meter)
 
     def _manifest(self, prompts: TokenTableManifest, writer: TokenTableWriter) -> TokenTableManifest:
         return TokenTableManifest(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,7 +21,7 @@ from actpipe.extraction.deriving import Derivation, captured_hooks, plan_derivat
 from actpipe.extraction.keeping import settle_rows
 from actpipe.extraction.proof import prove_hooks
 from actpipe.extraction.reducing import PartialSums, Reduced, ReducingWorker, check_statistics, merge_all, reduced_of
-from actpipe.extraction.settling import settle_batch_tokens
+from actpipe.extraction.settling import FindsBatchSize, settle_batch_tokens
 from actpipe.hooks import HookPoint
 from actpipe.model_inputs import inputs_of, special_token_ids
 from actpipe.planning import plan_parts
@@ -30,6 +32,7 @@ from actpipe.stores.layout import RunFolder
 from actpipe.stores.results import Result, ResultWriter, current_result, labels
 from actpipe.stores.token_table import TokenTable
 from actpipe.stores.writing import missing_parts
+from actpipe.telemetry import Meter
 
 _NOT_THE_NUMBERS = {"name", "corpus", "stage", "max_bytes"}
 _AXES: dict[str, tuple[str, ...]] = {
@@ -62,22 +65,27 @@ class ReduceActivations:
 
     def run(self, context: RunContext) -> None:
         """Do every part that is not done, then put them together; doing it twice changes nothing."""
-        folder = context.corpus(self.config)
-        tokens = TokenTable(folder)
-        wanted = ResultRecord(
+        wanted = self._wanted(context)
+        result = current_result(context.corpus(self.config), wanted)
+        if result is None:
+            arrays = self._reduce(context)
+            result = self._commit(context, ResultWriter(context.corpus(self.config), wanted), arrays)
+            shutil.rmtree(context.corpus(self.config).reductions)
+        context.findings.append(_describe(result))
+
+    def _wanted(self, context: RunContext) -> ResultRecord:
+        return ResultRecord(
             name=self.config.name,
             kind="reduction",
             corpus=self.config.corpus,
             settings=self._settings(context),
             model_fingerprint=context.spec.identity.fingerprint,
         )
-        result = current_result(folder, wanted)
-        if result is None:
-            work = RunFolder(folder.reductions / f"{wanted.name}-{_digest(wanted, tokens)}")
-            arrays = self._reduce(context, tokens, work)
-            result = self._commit(context, ResultWriter(folder, wanted), arrays)
-            shutil.rmtree(folder.reductions)
-        context.findings.append(_describe(result))
+
+    def _place(self, context: RunContext) -> RunFolder:
+        """Return the folder of what finished parts gave."""
+        wanted, tokens = self._wanted(context), TokenTable(context.corpus(self.config))
+        return RunFolder(context.corpus(self.config).reductions / f"{wanted.name}-{_digest(wanted, tokens)}")
 
     def _settings(self, context: RunContext) -> dict[str, object]:
         """Return what the numbers depend on: the settings, and the files that they name."""
@@ -92,17 +100,18 @@ class ReduceActivations:
         length = inputs_of(context, self.config.corpus).context_length
         return plan_derivations(self.config, context.spec, context.base, length)
 
-    def _reduce(self, context: RunContext, tokens: TokenTable, work: RunFolder) -> dict[str, Arrays]:
+    def _reduce(self, context: RunContext) -> dict[str, Arrays]:
         """Do the parts that are missing, and merge all of them in their order."""
-        kept = None
+        tokens, place = TokenTable(context.corpus(self.config)), self._place(context)
         if self.config.keep is not None:
-            settle_rows(work, tokens, self.config.keep, special_token_ids(context, tokens.manifest))
-            kept = KeptRows(work)
-        parts, sums = self._parts(tokens, kept), PartialSums(work)
-        self._do(context, missing_parts(work, parts), tokens, kept, sums)
-        broken = [part for part in parts if sums.read(part) is None]
-        self._do(context, broken, tokens, kept, sums)
+            settle_rows(place, tokens, self.config.keep, special_token_ids(context, tokens.manifest))
+        parts, sums = self._parts(tokens, self._kept(place)), PartialSums(place)
+        self._do(context, missing_parts(place, parts))
+        self._do(context, [part for part in parts if sums.read(part) is None])
         return merge_all(self.config, (state for part in parts if (state := sums.read(part)) is not None))
+
+    def _kept(self, place: RunFolder) -> KeptRows | None:
+        return None if self.config.keep is None else KeptRows(place)
 
     def _parts(self, tokens: TokenTable, kept: KeptRows | None) -> tuple[Part, ...]:
         if kept is not None:
@@ -110,29 +119,35 @@ class ReduceActivations:
         blocks = tokens.sequence_blocks(self.config.rows_per_part)
         return tuple(Part(number, start, stop) for number, (start, stop) in enumerate(blocks))
 
-    def _do(
-        self, context: RunContext, parts: list[Part], tokens: TokenTable, kept: KeptRows | None, sums: PartialSums
-    ) -> None:
+    def _do(self, context: RunContext, parts: list[Part]) -> None:
         if not parts:
             return
-        prove_hooks(context.model, tokens, context.spec.select(captured_hooks(self.config)))
-        derivations = self._derivations(context)
+        length = TokenTable(context.corpus(self.config)).manifest.context_length
         settle_batch_tokens(
             self.config,
-            sums.folder,
-            lambda: context.model,
-            context_length=tokens.manifest.context_length,
-            derivations=derivations,
-            note=context.telemetry.note,
+            self._place(context),
+            lambda: next(context.engine.map_items([length], FindsBatchSize(self.config), context)),
+            context.telemetry.note,
         )
         n_rows = sum(part.n_rows for part in parts)
-        with (
-            context.telemetry.progress(f"{self.config.name} {self.config.corpus}", n_rows, "tokens") as meter,
-            ReducingWorker.open(
-                self.config, context.model, tokens, kept, sums, meter=meter, derivations=derivations
-            ) as worker,
-        ):
-            context.engine.run_parts(parts, worker)
+        with context.telemetry.progress(f"{self.config.name} {self.config.corpus}", n_rows, "tokens") as meter:
+            context.engine.run_parts(parts, self, context, meter)
+
+    @contextmanager
+    def open_worker(self, context: RunContext, meter: Meter) -> Iterator[ReducingWorker]:
+        """Prove the names on this very model and hook them."""
+        tokens, place = TokenTable(context.corpus(self.config)), self._place(context)
+        prove_hooks(context.model, tokens, context.spec.select(captured_hooks(self.config)))
+        with ReducingWorker.open(
+            self.config,
+            context.model,
+            tokens,
+            self._kept(place),
+            PartialSums(place),
+            meter=meter,
+            derivations=self._derivations(context),
+        ) as worker:
+            yield worker
 
     def _commit(self, context: RunContext, writer: ResultWriter, arrays: dict[str, Arrays]) -> Result:
         length = inputs_of(context, self.config.corpus).context_length

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
+from itertools import chain
 from typing import Any, ClassVar
 
 import pyarrow as pa
@@ -13,15 +15,15 @@ from actpipe.schemas.recipe import TokenizeTextConfig
 from actpipe.describing import describe_tokens
 from actpipe.errors import ModelLoadError, RecipeError
 from actpipe.model_inputs import check_length, packing_of, prefix_ids, special_ids
-from actpipe.records import DocumentRow, DocumentStatus, Finding, Sequence, TokenizedDocument
+from actpipe.records import DocumentRow, DocumentStatus, Finding, Sequence, SourceDocument, TokenizedDocument
 from actpipe.stage import RunContext
 from actpipe.stores.layout import RunFolder, move, sha256_of, sync_tree
 from actpipe.stores.token_table import TokenTable, TokenTableWriter
 from actpipe.telemetry import Meter
 from actpipe.text.compat import Compat, compat_pad_id, tokenize_and_concatenate
-from actpipe.text.documents import Corpus, open_corpus
+from actpipe.text.documents import ColumnType, Corpus, open_corpus
 from actpipe.text.packing import pack, split, then_the_prefix
-from actpipe.text.tokenizing import Tokenizing, check_template, ordinary_ids, repeated_tokens, tokenize
+from actpipe.text.tokenizing import Tokenizing, check_template, in_batches, ordinary_ids, repeated_tokens, tokenize
 
 _PROBLEMS_NAMED = 5
 _SAMPLE_DOCUMENTS = 500
@@ -145,7 +147,6 @@ class TokenizeText:
     def _tokenized(
         self, corpus: Corpus | None, bos_id: int | None, closing_id: int | None, context: RunContext
     ) -> Iterable[TokenizedDocument]:
-        d_vocab = context.spec.shape.d_vocab
         if corpus is None:
             source = self.config.synthetic
             assert source is not None
@@ -155,21 +156,12 @@ class TokenizeText:
                 period=source.period,
                 repeats=source.repeats,
                 seed=source.seed,
-                allowed=ordinary_ids(context.spec.tokenizer, d_vocab),
+                allowed=ordinary_ids(context.spec.tokenizer, context.spec.shape.d_vocab),
             )
-        is_chat = corpus.column_type == "messages"
-        assert self.config.dataset is not None
-        settings = Tokenizing(
-            column_type=corpus.column_type,
-            d_vocab=d_vocab,
-            own_bos_id=context.spec.tokenizer.bos_token_id if is_chat else bos_id,
-            own_closing_id=closing_id,
-            chat_template=self.config.dataset.chat_template,
-            min_tokens=self.config.min_document_tokens,
-            max_tokens=self.config.max_document_tokens,
-        )
-        tokenizer = None if corpus.column_type == "token_ids" else context.spec.tokenizer
-        return tokenize(corpus.documents(self.config.max_documents), tokenizer, settings)
+        shards = None if context.engine.is_here else corpus.shards(self.config.max_documents)
+        batches = in_batches(corpus.documents(self.config.max_documents)) if shards is None else shards
+        work = _Tokenization(self.config, corpus.column_type, bos_id, closing_id)
+        return chain.from_iterable(context.engine.map_items(batches, work, context))
 
     def _manifest(
         self, context: RunContext, corpus: Corpus | None, writer: TokenTableWriter, problems: Mapping[str, list[str]]
@@ -195,6 +187,39 @@ class TokenizeText:
             tokenizer_sha256=_keep_tokenizer(context, context.corpus(config)),
             checksums={},
         )
+
+
+@dataclass(frozen=True)
+class _Tokenization:
+    """What makes ids of documents, on whatever worker."""
+
+    config: TokenizeTextConfig
+    column_type: ColumnType
+    bos_id: int | None
+    closing_id: int | None
+
+    def mapped(self, context: RunContext) -> Callable[[list[SourceDocument] | range], list[TokenizedDocument]]:
+        """Return what takes documents, or the numbers of those that it reads itself."""
+        is_chat = self.column_type == "messages"
+        assert self.config.dataset is not None
+        settings = Tokenizing(
+            column_type=self.column_type,
+            d_vocab=context.spec.shape.d_vocab,
+            own_bos_id=context.spec.tokenizer.bos_token_id if is_chat else self.bos_id,
+            own_closing_id=self.closing_id,
+            chat_template=self.config.dataset.chat_template,
+            min_tokens=self.config.min_document_tokens,
+            max_tokens=self.config.max_document_tokens,
+        )
+        tokenizer = None if self.column_type == "token_ids" else context.spec.tokenizer
+        dataset = self.config.dataset
+        corpus = cache(lambda: open_corpus(dataset, self.config.keep_columns, context.base))
+
+        def tokenized(documents: list[SourceDocument] | range) -> list[TokenizedDocument]:
+            read = corpus().shard(documents) if isinstance(documents, range) else documents
+            return [one for batch in in_batches(read) for one in tokenize(batch, tokenizer, settings)]
+
+        return tokenized
 
 
 def _note(record: DocumentRow, problems: dict[str, list[str]], meter: Meter) -> None:

@@ -16,9 +16,11 @@ HEAVY = {
     "datasets": {"actpipe/text", "actpipe/interchange"},
     "tokenizers": {"actpipe/text"},
     "zarr": {"actpipe/stores"},
-    "dask": {"actpipe/jobs", "actpipe/stores"},
+    "dask": {"actpipe/cluster", "actpipe/jobs", "actpipe/stores"},
+    "distributed": {"actpipe/cluster"},
     "plotly": {"actpipe/report"},
     "jinja2": {"actpipe/report", "actpipe/text"},
+    "prometheus_client": {"actpipe/metrics_server.py"},
 }
 """Where each large dependency may be imported."""
 
@@ -34,6 +36,7 @@ FORBIDDEN = {
     "actpipe/text": {"models", "stores", "jobs", "interchange", "extraction", "report", "stages", "stage", "running"},
     "actpipe/feed": {"models", "text", "jobs", "interchange", "extraction", "report", "stages", "stage", "running"},
     "actpipe/jobs": {"models", "text", "interchange", "extraction", "report", "stages", "stage", "running"},
+    "actpipe/cluster": {"models", "text", "interchange", "extraction", "report", "stages", "running"},
     "actpipe/interchange": {"models", "text", "jobs", "extraction", "report", "stages", "stage", "running"},
     "actpipe/extraction": {"interchange", "jobs", "report", "stages", "stage", "running"},
     "actpipe/report": {"models", "text", "jobs", "interchange", "extraction", "stages", "stage", "running"},
@@ -94,7 +97,7 @@ def test_large_dependencies_stay_in_their_folders(library):
     }
 
     assert users
-    assert {user for user in users if not any(user.startswith(f"{home}/") for home in HEAVY[library])} == set()
+    assert {user for user in users if not any(f"{user}/".startswith(f"{home}/") for home in HEAVY[library])} == set()
 
 
 @pytest.mark.parametrize("folder", sorted(PURE))
@@ -128,6 +131,12 @@ def test_opening_a_store_needs_no_torch():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
 
+def test_asking_for_the_status_needs_no_torch_and_serving_no_metrics_no_server():
+    code = "import sys, actpipe.status, actpipe.telemetry; print({'torch', 'prometheus_client'} & {*sys.modules})"
+
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
 def test_every_stage_is_registered_under_the_name_of_its_file():
     from actpipe.schemas.recipe import BUILT_IN_STAGES
 
@@ -149,11 +158,13 @@ def test_the_command_line_has_these_flags_and_no_others():
         for name, command in group.commands.items()
     }
     assert flags == {
-        "run": ["--out", "--set"],
+        "run": ["--log-format", "--metrics-host", "--metrics-port", "--out", "--scheduler", "--set"],
+        "worker": ["--lifetime", "--name"],
         "plan": ["--device-memory", "--devices", "--out", "--set"],
         "hooks": ["--context", "--dtype", "--revision"],
         "check": ["--device", "--dtype", "--revision"],
         "info": [],
+        "status": ["--json", "--watch"],
         "verify": ["--deep", "--recipe", "--seed", "--sequences"],
         "repair": ["--recipe"],
         "clean": ["--dry-run"],

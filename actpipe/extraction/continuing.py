@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,7 @@ from actpipe.records import DocumentRow, DocumentStatus, Part, Sequence, TokenId
 from actpipe.schemas.recipe import GenerateTextConfig
 from actpipe.stores.continuations import Continuations
 from actpipe.stores.token_table import OWN_COLUMNS, TokenTable
+from actpipe.streaming import already_done
 from actpipe.telemetry import Meter
 from actpipe.text.batching import make_batches
 
@@ -40,7 +42,7 @@ class GenerationWorker:
     pieces: Continuations
     meter: Meter
 
-    def __call__(self, part: Part) -> None:
+    def __call__(self, part: Part) -> Future[None]:
         """Continue every prompt of the part, and keep what was added."""
         new: dict[int, TokenIds] = {}
         n_rows = 0
@@ -55,6 +57,7 @@ class GenerationWorker:
             n_rows += n_here
         self.pieces.write(part, {number: new[number] for number in sorted(new)})
         self.meter.advance(part.n_rows - n_rows)  # the end of a prompt that began before, or the prefix
+        return already_done()
 
     @property
     def _how(self) -> Continuation:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from math import prod
@@ -39,6 +40,7 @@ from actpipe.stores.kept_rows import KeptRows
 from actpipe.stores.layout import RunFolder, write_whole
 from actpipe.stores.token_table import TokenTable
 from actpipe.stores.writing import read_commit
+from actpipe.streaming import already_done
 from actpipe.telemetry import Meter
 
 _PATTERN_SCORES = "pattern_scores"
@@ -219,8 +221,11 @@ class ReducingWorker:
         with passes.open(model.select(captured_hooks(config))) as worker._run_part:
             yield worker
 
-    def __call__(self, part: Part) -> None:
+    def __call__(self, part: Part) -> Future[None]:
         """Run every sequence of a part, and write what it gave.
+
+        Returns:
+            What is done: the part counts.
 
         Raises:
             DtypeOverflowError: A value is not finite, which would spoil every mean.
@@ -235,6 +240,7 @@ class ReducingWorker:
                 )
         self._look_up_tokens(part)
         self._sums.write(part, self._states)
+        return already_done()
 
     def mark(self) -> None:
         """Keep what there is; merging makes new states and leaves these as they are."""

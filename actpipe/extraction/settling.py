@@ -5,53 +5,65 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from actpipe.extraction.batch_size import read_number
-from actpipe.extraction.deriving import Derivation, captured_hooks
+from actpipe.extraction.deriving import Derivation, captured_hooks, plan_derivations
 from actpipe.extraction.trial import Config, Measured, Trial, device_names
 from actpipe.models.hooked_model import HookedModel
 from actpipe.models.loading import dtype_name, identify
 from actpipe.stores.layout import RunFolder, user_cache, write_whole
 from actpipe.stores.remote import publish
 
+if TYPE_CHECKING:
+    from actpipe.stage import RunContext
+
 _OF_THE_PASSES = ("stage", "hooks", "derive", "metrics", "statistics", "k", "chunk_tokens", "dtype")
 """Settings on which speed and memory of a pass depend, where a stage has them."""
 
 
 def settle_batch_tokens(
-    config: Config,
-    folder: RunFolder,
-    load_model: Callable[[], HookedModel],
-    *,
-    context_length: int,
-    derivations: Iterable[Derivation] = (),
-    note: Callable[..., None] = lambda *_, **__: None,
+    config: Config, folder: RunFolder, find: Callable[[], tuple[int, str]], note: Callable[..., None]
 ) -> int:
     """Return the size of batches, and leave it in a folder, so that all who work there make the same batches.
 
-    Where the recipe says `auto`: the number that is in the folder, else the one that was found before on such
-    devices for such passes, else the one that a trial finds. Call it before parts are handed out.
+    Where the recipe says `auto`: the number that is in the folder, else the one that is found now. It is for whoever
+    hands parts out, before that.
 
     Args:
         config: Of `extract_activations` or `reduce_activations`.
         folder: Where its parts are committed.
-        load_model: Gives the model; called only where there must be a trial, or a look at what was remembered.
-        context_length: Of the longest sequence.
-        derivations: What is made of activations.
+        find: `find_batch_tokens` of where parts are done; called only where nothing is settled yet.
         note: Told of a number that is new: a sentence, a kind of event and its fields.
     """
     if config.batch_tokens != "auto":
         return config.batch_tokens
-    if (found := read_number(folder.batch_tokens)) is not None:
-        return found
-    found, how = find_batch_tokens(config, load_model(), context_length, derivations)
+    if (settled := read_number(folder.batch_tokens)) is not None:
+        return settled
+    found, how = find()
     write_whole(folder.batch_tokens, _json({"batch_tokens": found}))
     publish([folder.batch_tokens])
     note(f"batches of {found:,} tokens: {how}", "batch size", stage=config.stage, batch_tokens=found, how=how)
     return found
+
+
+@dataclass(frozen=True)
+class FindsBatchSize:
+    """Finds the size of batches where a model is run: on this machine or on a worker, as an engine maps items."""
+
+    config: Config
+
+    def mapped(self, context: RunContext) -> Callable[[int], tuple[int, str]]:
+        """Return a function from the length of the longest sequence, in tokens, to the size and how it was found."""
+
+        def find(context_length: int) -> tuple[int, str]:
+            derivations = plan_derivations(self.config, context.spec, context.base, context_length)
+            return find_batch_tokens(self.config, context.model, context_length, derivations)
+
+        return find
 
 
 def find_batch_tokens(

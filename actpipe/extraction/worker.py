@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Protocol
@@ -85,7 +86,7 @@ class ExtractionWorker:
         self._writing: BackgroundWorker[Job]
         self._meter: Meter
         self._writer: PartSink
-        self._unfinished: set[PartSink] = set()
+        self._unfinished: dict[PartSink, Future[None]] = {}
         self._marked = (0, 0)
         self._runs: Runs
         self._normalized: torch.Tensor
@@ -126,26 +127,45 @@ class ExtractionWorker:
         )
         with ExitStack() as stack:
             stack.callback(worker._abandon_unfinished)
-            worker._writing = stack.enter_context(BackgroundWorker(lambda job: job(), config.queue_bytes))
+            worker._writing = stack.enter_context(BackgroundWorker(worker._do_job, config.queue_bytes))
             worker._run_part = stack.enter_context(passes.open(names))
             yield worker
 
-    def __call__(self, part: Part) -> None:
-        """Run every sequence that has a row in the part, and hand the part over for its commit."""
+    def __call__(self, part: Part) -> Future[None]:
+        """Run every sequence that has a row in the part, and hand the part over for its commit.
+
+        Returns:
+            What is done once the part is committed, or holds the error that kept it from it.
+        """
         self._writing.wait_until(lambda: len(self._unfinished) < PARTS_IN_FLIGHT)
         self._writer = self._open_part(part)
-        self._unfinished.add(self._writer)
+        committed = self._unfinished[self._writer] = Future[None]()
         self._run_part(part)
         self._writing.put(partial(self._finish, self._writer), 0)
+        return committed
 
     def _finish(self, writer: PartSink) -> None:
         writer.commit()
-        self._unfinished.remove(writer)
+        self._unfinished.pop(writer).set_result(None)
+
+    def _do_job(self, job: Job) -> None:
+        try:
+            job()
+        except BaseException as error:
+            self._fail(error)
+            raise
+
+    def _fail(self, error: BaseException) -> None:
+        """Tell those who wait that nothing more will be committed."""
+        for committed in list(self._unfinished.values()):
+            if not committed.done():
+                committed.set_exception(error)
 
     def _abandon_unfinished(self) -> None:
         """Remove the files of parts that an error or an interruption cut off."""
         for writer in self._unfinished:
             writer.abandon()
+        self._fail(InterruptedError("this worker was closed before the part was committed"))
 
     def mark(self) -> None:
         """Note, in the order of the writes, what is final."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol, Self, TypeVar
 
@@ -18,6 +20,47 @@ from actpipe.stores.reading import ActivationStore
 _FAN_IN = 16
 _WORTH_A_BLOCK = 16 * 2**20
 """Bytes of a block from which on what Dask adds to it does not count."""
+
+
+class Computing(Protocol):
+    """Where graphs are computed."""
+
+    def counted(self, function: Callable[[Any], Any], done: Callable[[int], None]) -> Callable[[Any], Any]:
+        """Return the function, telling `done` after each call."""
+
+    def compute(self, graph: Any) -> Any:
+        """Return what a graph of delayed calls gives."""
+
+
+class ByThreads:
+    """Compute by Dask's threads in this process, or as Dask is configured."""
+
+    def counted(self, function: Callable[[Any], Any], done: Callable[[int], None]) -> Callable[[Any], Any]:
+        """Return the function, telling `done` after each call."""
+
+        def counted(block: Any) -> Any:
+            answer = function(block)
+            done(1)
+            return answer
+
+        return counted
+
+    def compute(self, graph: Any) -> Any:
+        """Return what a graph of delayed calls gives."""
+        return dask.compute(graph)[0]
+
+
+_COMPUTING: ContextVar[Computing] = ContextVar("computing", default=ByThreads())  # noqa: B039 - it holds nothing
+
+
+@contextmanager
+def computed_by(computing: Computing) -> Iterator[None]:
+    """Within, graphs are computed there."""
+    before = _COMPUTING.set(computing)
+    try:
+        yield
+    finally:
+        _COMPUTING.reset(before)
 
 
 class Summable(Protocol):
@@ -105,20 +148,15 @@ def map_and_sum(
         done: Called with 1 after each block.
         fan_in: How many are added up at a time; take 2 where an answer is large.
     """
-
-    def counted(block: BlockT) -> SumT:
-        answer = function(block)
-        done(1)
-        return answer
-
+    computing = _COMPUTING.get()
+    counted = computing.counted(function, done)
     level = [dask.delayed(counted, pure=False)(block) for block in blocks]
     if not level:
         raise IncompleteStoreError("the store has no rows to analyse")
     add = dask.delayed(_add_all, pure=False)
     while len(level) > 1:
         level = [add(level[i : i + fan_in]) for i in range(0, len(level), fan_in)]
-    (total,) = dask.compute(level[0])
-    result: SumT = total
+    result: SumT = computing.compute(level[0])
     return result
 
 

@@ -7,6 +7,7 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
+from actpipe.stores.claims import CLAIMS
 from actpipe.stores.layout import RunFolder
 from actpipe.stores.verifying import corpora
 
@@ -22,7 +23,7 @@ def abandoned(run: RunFolder) -> list[Path]:
     """Return the temporary files and folders of a run and its corpora, in order; no run may be at work there."""
     found: list[Path] = []
     for folder in corpora(run).values():
-        found += [path for path in _children(folder.partial) if _ON_ITS_WAY.fullmatch(path.name)]
+        found += [path for path in _children(folder.partial) if _ON_ITS_WAY.fullmatch(path.name) or path.name == CLAIMS]
         for place in (folder.root, folder.commits, folder.results):
             found += [path for path in _children(place) if _HALF_WRITTEN.fullmatch(path.name) and path.is_file()]
     return found

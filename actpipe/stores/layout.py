@@ -13,21 +13,27 @@ from pathlib import Path
 
 import google_crc32c
 
-from actpipe.errors import StorageError
+from actpipe.errors import StorageError, StorageRefusedError
 
 MAIN_CORPUS = "main"
 _READ_BYTES = 2**20
 _COPY_BYTES = 2**16
 """The checksum takes `bytes` only; copies of this size stay in the processor's cache."""
-_WAYS_OUT = {
+WAYS_OUT = {
     errno.ENOSPC: "free some space",
     errno.EDQUOT: "free some space, or have the quota raised",
     errno.EACCES: "make it writable",
     errno.EPERM: "make it writable",
     errno.EROFS: "mount it for writing",
     errno.EIO: "look after the disk",
+    errno.ESTALE: "mount it again",
+    errno.ENOTCONN: "mount it again",
+    errno.ETIMEDOUT: "see that its server answers",
     errno.EMFILE: "allow more open files with `ulimit -n`",
 }
+"""What to do about a disk that takes nothing, by the number of the error; trying again would not help."""
+_NEEDS_SOMEONE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE}
+"""Trouble that does not pass by itself."""
 
 
 @dataclass(frozen=True)
@@ -147,16 +153,18 @@ def disk_trouble_explained(folder: RunFolder) -> Iterator[None]:
     """Say in one sentence what a failing disk means for a run.
 
     Raises:
-        StorageError: The disk is full, read-only, forbidden or broken.
+        StorageError: The disk is full, broken or out of reach.
+        StorageRefusedError: It is read-only or forbidden.
     """
     try:
         yield
     except OSError as error:
-        if error.errno not in _WAYS_OUT:
+        if error.errno not in WAYS_OUT:
             raise
         where = error.filename or folder.root
-        raise StorageError(
-            f"stopped at {where}: {os.strerror(error.errno).lower()}; {_WAYS_OUT[error.errno]} and give the same "
+        kind = StorageRefusedError if error.errno in _NEEDS_SOMEONE else StorageError
+        raise kind(
+            f"stopped at {where}: {os.strerror(error.errno).lower()}; {WAYS_OUT[error.errno]} and give the same "
             "command again, it continues from what is committed"
         ) from error
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 
-from actpipe.errors import StorageError, StoreMismatchError
+from actpipe.errors import StorageError, StorageRefusedError, StoreMismatchError
 from actpipe.stores.layout import user_cache, write_whole
 from actpipe.stores.remote_locking import LOCK_NAME, RemoteLock
 
@@ -61,6 +62,28 @@ def local_folder(run: str | Path) -> Path:
     return remote.folder
 
 
+def front_of_worker(run: str) -> Path:
+    """Return the folder in front of a run for this process alone, with what is no chunk; a local folder is itself."""
+    url = as_url(run)
+    if url is None:
+        return Path(run)
+    remote = Remote.in_front_of(url, of=f"{socket.gethostname()}-{os.getpid()}")
+    remote.pull()
+    return remote.folder
+
+
+def publish_all(folder: Path) -> None:
+    """Put into the object store behind a run folder what is new in it, if there is one, for others to see."""
+    if (remote := remote_of(folder)) is not None:
+        remote.push()
+
+
+def fetch_commits(folder: Path) -> None:
+    """Bring the commit records here that others have put into the object store behind a run folder."""
+    if (remote := remote_of(folder)) is not None:
+        remote.bring_commits()
+
+
 def remote_of(path: Path) -> Remote | None:
     """Return the object store behind a folder or file, if there is one."""
     found = _marked(path)
@@ -89,11 +112,11 @@ class Remote:
     _fetching: threading.Lock = field(default_factory=threading.Lock, compare=False, repr=False)
 
     @classmethod
-    def in_front_of(cls, url: str) -> Remote:
-        """Return the run at a URL; its folder is in the user's cache, under a name of its own."""
+    def in_front_of(cls, url: str, *, of: str = "") -> Remote:
+        """Return the run at a URL; its folder is in the user's cache, under a name of its own (`of` someone)."""
         base = user_cache()
         readable = re.sub(r"[^A-Za-z0-9]+", "-", url)[-60:].strip("-")
-        folder = base / f"{readable}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"
+        folder = base / f"{readable}-{hashlib.sha256((url + of).encode()).hexdigest()[:12]}"
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / _MARK, f"{url}\n".encode(), force=False)
         _marked.cache_clear()
@@ -137,6 +160,12 @@ class Remote:
         for path in there.keys() - set(here):
             self.delete(self.folder / path)
 
+    def bring_commits(self) -> None:
+        """Bring the commit records here that are there and not here."""
+        names = [name for name, _ in self._list() if "commits/" in name and _is_metadata(name)]
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            list(pool.map(self._download, [name for name in names if not (self.folder / name).is_file()]))
+
     def put(self, *paths: Path) -> None:
         """Put files there, several at once; all of them are there when it returns."""
         import obstore
@@ -147,6 +176,17 @@ class Remote:
 
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             list(pool.map(put, paths))
+
+    def has(self, path: Path) -> bool:
+        """Whether a file is there."""
+        import obstore
+
+        try:
+            with self._trouble_explained():
+                obstore.head(self._objects, self._name(path))
+        except FileNotFoundError:
+            return False
+        return True
 
     def delete(self, path: Path) -> None:
         """Remove a file there; one that is not there is no error."""
@@ -197,18 +237,42 @@ class Remote:
                 total -= size
 
     @contextmanager
-    def only_run(self) -> Iterator[None]:
-        """Keep other runs out, on whatever host.
+    def only_run(self) -> Iterator[Callable[[], None]]:
+        """Keep other runs out, on whatever host; gives a function that raises once another has taken over.
 
         Raises:
             StoreMismatchError: Another process is at work there, or something else is there.
             StorageError: Nothing can be written there.
         """
         if self.read_only:
-            raise StorageError(f"{self.url} can be read only; give --out a folder, or a URL of s3, gs or az")
+            raise StorageRefusedError(f"{self.url} can be read only; give --out a folder, or a URL of s3, gs or az")
         self._refuse_foreign()
-        with RemoteLock(self.url, self._objects, self._trouble_explained).held():
-            yield
+        with self.lock.held() as require_ours:
+            yield require_ours
+
+    @property
+    def lock(self) -> RemoteLock:
+        """The lock of the run there."""
+        return RemoteLock(self.url, self._objects, self._trouble_explained)
+
+    def read(self, name: str) -> bytes | None:
+        """Return an object as it is there now, and leave nothing here; None where there is none."""
+        import obstore
+
+        with suppress(FileNotFoundError), self._trouble_explained():
+            return bytes(obstore.get(self._objects, name).bytes())
+        return None
+
+    def children(self, folder: str) -> list[str]:
+        """Return the names of what is there directly in a folder."""
+        import obstore
+
+        if self.read_only:
+            raise StorageRefusedError(f"{self.url} is on a web server, which does not say what it holds; copy it here")
+        with self._trouble_explained():
+            found = obstore.list_with_delimiter(self._objects, folder or None)
+        paths = [*found["common_prefixes"], *(entry["path"] for entry in found["objects"])]
+        return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in paths)
 
     def _refuse_foreign(self) -> None:
         """Keep out of places that hold something else."""
@@ -278,7 +342,7 @@ class Remote:
         try:
             import obstore
         except ImportError as error:
-            raise StorageError(f"{self.url} needs `pip install 'actpipe[remote]'`") from error
+            raise StorageRefusedError(f"{self.url} needs `pip install 'actpipe[remote]'`") from error
         try:
             yield
         except (obstore.exceptions.AlreadyExistsError, obstore.exceptions.PreconditionError):
@@ -294,10 +358,17 @@ def _is_metadata(name: str) -> bool:
 
 
 def _explain(url: str, error: Exception) -> NoReturn:
+    import obstore
+
     lines = str(error).strip().splitlines()
+    reason = lines[0] if lines else type(error).__name__
+    if isinstance(error, obstore.exceptions.PermissionDeniedError | obstore.exceptions.UnauthenticatedError):
+        raise StorageRefusedError(
+            f"{url} lets us not in ({reason}); what is committed stays valid, give the same command again with "
+            "credentials that may read and write there"
+        ) from error
     raise StorageError(
-        f"{url} is out of reach ({lines[0] if lines else type(error).__name__}); what is committed stays valid, give "
-        "the same command again once it is back"
+        f"{url} is out of reach ({reason}); what is committed stays valid, give the same command again once it is back"
     ) from error
 
 
@@ -306,6 +377,7 @@ def publish(paths: Iterable[Path]) -> None:
     paths = list(paths)
     if paths and (remote := remote_of(paths[0].parent)) is not None:
         remote.put(*(path for path in paths if _OURS.fullmatch(path.relative_to(remote.folder).as_posix())))
+        remote.make_room()
 
 
 @contextmanager
@@ -320,9 +392,14 @@ def at_work_in(folder: Path) -> Iterator[Callable[[], None]]:
     if remote is None:
         yield lambda: None
         return
-    with remote.only_run():
+    with remote.only_run() as require_ours:
         remote.pull()
-        yield remote.push
+
+        def save() -> None:
+            require_ours()
+            remote.push()
+
+        yield save
 
 
 @contextmanager

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
-import threading
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from typing import Any, Literal
 
-from actpipe.errors import StorageError, StoreMismatchError
-from actpipe.stores.locking import BEAT_SECONDS, STALE_SECONDS, Owner, is_running_here
+from actpipe.errors import RunInUseError, StorageError
+from actpipe.stores.locking import (
+    STALE_SECONDS,
+    LockState,
+    Owner,
+    beating,
+    is_running_here,
+    shows_life,
+    taken_over,
+)
 
 LOCK_NAME = ".lock"
 
@@ -27,23 +35,27 @@ class RemoteLock:
     """Within, trouble with the object store becomes a StorageError."""
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """Keep other runs out, on whatever host.
+    def held(self) -> Iterator[Callable[[], None]]:
+        """Keep other runs out, on whatever host; gives a function that raises once the lock is no longer ours.
 
         Raises:
-            StoreMismatchError: Another process is at work there; says which.
+            RunInUseError: Another process is at work there; says which.
         """
-        owner, ended = Owner.this_process(), threading.Event()
+        owner = Owner.this_process()
+
+        def require_ours() -> None:
+            now = self.owner()
+            if now not in (None, owner):
+                raise taken_over(self.url, now)
+
         self._take(owner)
-        heart = threading.Thread(target=self._beat, args=(owner, ended), name="actpipe-heartbeat", daemon=True)
-        heart.start()
         try:
-            yield
+            with beating(self.url, self.owner, owner, lambda: self._touch(owner)):
+                yield require_ours
         finally:
-            ended.set()
-            heart.join()
-            if self._owner() == owner:
-                self._delete()
+            with suppress(StorageError):
+                if self.owner() == owner:
+                    self._delete()
 
     def _take(self, owner: Owner) -> None:
         import obstore
@@ -52,29 +64,56 @@ class RemoteLock:
             try:
                 self._put(owner, mode="create")
             except (obstore.exceptions.AlreadyExistsError, obstore.exceptions.PreconditionError):
-                held, other = obstore.head(self.objects, LOCK_NAME), self._owner()
-                if other is not None and self._is_alive(other, held):
-                    raise StoreMismatchError(
+                other = self.owner()
+                if other is not None and self._is_alive(other):
+                    raise RunInUseError(
                         f"{self.url} is in use by {other}; wait for it to end, or choose another place with --out"
                     ) from None
                 self._put(owner)
-                if self._owner() != owner:
-                    raise StoreMismatchError(f"{self.url} was just taken over by another run") from None
+                if self.owner() != owner:
+                    raise RunInUseError(f"{self.url} was just taken over by another run") from None
 
-    def _is_alive(self, other: Owner, held: Any) -> bool:
+    def look(self) -> LockState | None:
+        """Say whose the lock is, without taking it; None where nobody holds it."""
+        owner = self.owner()
+        if owner is None:
+            return None
+        age, running = self._age_seconds(), is_running_here(owner)
+        return LockState(owner, 0 <= age < STALE_SECONDS if running is None else running, max(0.0, age))
+
+    def _is_alive(self, other: Owner) -> bool:
         """Whether a lock's owner may still be at work, by the clock of the object store."""
+        running = is_running_here(other)
+        return shows_life(self._age_seconds(), self._touched) if running is None else running
+
+    def _touched(self) -> datetime | None:
+        """Return when the lock was last written; None where it is gone."""
         import obstore
 
-        running = is_running_here(other)
-        if running is not None:
-            return running
-        probe = f"{LOCK_NAME}-{os.getpid()}"
-        obstore.put(self.objects, probe, b"")
-        now = obstore.head(self.objects, probe)["last_modified"]
-        obstore.delete(self.objects, probe)
-        return bool((now - held["last_modified"]).total_seconds() < STALE_SECONDS)
+        with suppress(FileNotFoundError), self.explained():
+            touched: datetime = obstore.head(self.objects, LOCK_NAME)["last_modified"]
+            return touched
+        return None
 
-    def _owner(self) -> Owner | None:
+    def _age_seconds(self) -> float:
+        """Return the time since the lock was written, by the store's clock; by ours where nothing can be put there."""
+        import obstore
+
+        touched, probe = self._touched(), f"{LOCK_NAME}-{uuid.uuid4().hex[:12]}"
+        if touched is None:
+            return float("inf")
+        try:
+            with self.explained():
+                obstore.put(self.objects, probe, b"")
+        except StorageError:
+            return (datetime.now(UTC) - touched).total_seconds()
+        with self.explained():
+            now: datetime = obstore.head(self.objects, probe)["last_modified"]
+            obstore.delete(self.objects, probe)
+        return (now - touched).total_seconds()
+
+    def owner(self) -> Owner | None:
+        """Return whom the lock names; None where there is none."""
         import obstore
 
         with suppress(FileNotFoundError, ValueError, TypeError), self.explained():
@@ -92,11 +131,6 @@ class RemoteLock:
         with suppress(FileNotFoundError), self.explained():
             obstore.delete(self.objects, LOCK_NAME)
 
-    def _beat(self, owner: Owner, ended: threading.Event) -> None:
-        """Write the lock anew until the run ends; one that another run has taken over is left alone."""
-        while not ended.wait(BEAT_SECONDS):
-            with suppress(StorageError):  # away for a moment: the next beat tells
-                if self._owner() != owner:
-                    return
-                with self.explained():
-                    self._put(owner)
+    def _touch(self, owner: Owner) -> None:
+        with self.explained():
+            self._put(owner)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,8 @@ ColumnType = Literal["text", "messages", "token_ids"]
 Keep = Literal["all", "none"] | tuple[str, ...]
 
 _SIMPLE = (pa.types.is_boolean, pa.types.is_integer, pa.types.is_floating, pa.types.is_string, pa.types.is_large_string)
+_SHARD_DOCUMENTS = 1024
+"""Documents that are read and tokenized together, where they are shared out over workers."""
 RESERVED_COLUMNS = frozenset({"document", "id", "status", "n_tokens", "n_truncated", "row_start", "row_stop"})
 
 
@@ -34,9 +36,23 @@ class Corpus:
     kept_from: Mapping[str, str]
     """The same names, to the columns of the dataset."""
 
-    def documents(self, limit: int | None = None) -> Iterator[SourceDocument]:
-        """Yield the documents, numbered from 0; at most `limit`."""
-        index = 0
+    def shards(self, limit: int | None = None) -> Iterator[range] | None:
+        """Return the numbers of all documents, some together, where each shard can be read by itself."""
+        if self.source.length is None or self.source.among(range(0)) is None:
+            return None
+        n_documents = self.source.length if limit is None else min(limit, self.source.length)
+        starts = range(0, n_documents, _SHARD_DOCUMENTS)
+        return (range(start, min(n_documents, start + _SHARD_DOCUMENTS)) for start in starts)
+
+    def shard(self, documents: range) -> Iterator[SourceDocument]:
+        """Yield the documents of a shard, numbered as in the whole."""
+        source = self.source.among(documents)
+        assert source is not None, "shards are of sources that can be cut"
+        return replace(self, source=source).documents(first=documents.start)
+
+    def documents(self, limit: int | None = None, *, first: int = 0) -> Iterator[SourceDocument]:
+        """Yield the documents, numbered from `first`; at most `limit`."""
+        index = first
         for batch in self.source.batches():
             length = max(map(len, batch.values()))
             missing = [None] * length

@@ -65,6 +65,9 @@ class Source(Protocol):
     def batches(self) -> Iterator[Batch]:
         """Yield columns of some documents at a time, in order, a few MiB of text at most."""
 
+    def among(self, documents: range) -> Source | None:
+        """Return the source of some documents alone, where it does not take reading those before them."""
+
 
 def open_source(config: DatasetConfig, base: Path) -> Source:
     """Open what a recipe's `dataset` names; relative paths start from `base`.
@@ -177,6 +180,10 @@ class DatasetSource:
         features = self._dataset.features
         return None if features is None else features.arrow_schema
 
+    def among(self, documents: range) -> Source | None:
+        """Return the source of some documents alone; a dataset that streams is read from its beginning only."""
+        return None if self.length is None else DatasetSource(self._dataset.select(documents), self.title)
+
     def batches(self) -> Iterator[Batch]:
         """Yield columns of some documents at a time."""
         features = self._dataset.features or {}
@@ -238,6 +245,11 @@ class FileSource:
         sizes = [size for _, size in islice(self.reader(self.files[0]), _BATCH_DOCUMENTS)]
         total = sum(Path(file).stat().st_size for file in self.files)
         return max(len(sizes), round(total * len(sizes) / max(1, sum(sizes)))) if sizes else 0
+
+    def among(self, documents: range) -> Source | None:
+        """Return None: where a line begins is only known after those before it."""
+        del documents
+        return None
 
     def batches(self) -> Iterator[Batch]:
         """Yield columns of some documents at a time."""

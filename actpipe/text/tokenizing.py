@@ -45,8 +45,8 @@ def check_template(tokenizer: Any, chat_template: str | None) -> None:
         )
 
 
-def tokenize(documents: Iterable[SourceDocument], tokenizer: Any, settings: Tokenizing) -> Iterator[TokenizedDocument]:
-    """Yield every document in order, as ids or with the reason why it has none.
+def tokenize(batch: list[SourceDocument], tokenizer: Any, settings: Tokenizing) -> list[TokenizedDocument]:
+    """Return every document in order, as ids or with the reason why it has none.
 
     Texts are tokenized on their own and without special tokens: BOS and separators are set
     when documents become sequences.
@@ -54,14 +54,12 @@ def tokenize(documents: Iterable[SourceDocument], tokenizer: Any, settings: Toke
     Raises:
         DatasetError: An id is beyond the model's vocabulary.
     """
-    for batch in _batches(documents):
-        if settings.column_type == "token_ids":
-            yield from (_finish(document, _checked_ids(document.value, settings), settings) for document in batch)
-        else:
-            yield from _tokenize_batch(batch, tokenizer, settings)
+    if settings.column_type == "token_ids":
+        return [_finish(document, _checked_ids(document.value, settings), settings) for document in batch]
+    return list(_tokenize_batch(batch, tokenizer, settings))
 
 
-def _batches(documents: Iterable[SourceDocument]) -> Iterator[list[SourceDocument]]:
+def in_batches(documents: Iterable[SourceDocument]) -> Iterator[list[SourceDocument]]:
     """Group documents by number and length, so that a batch of huge ones stays small."""
     batch: list[SourceDocument] = []
     length = 0

@@ -6,8 +6,10 @@ import functools
 import http.client
 import http.server
 import json
+import os
 import shutil
 import threading
+from pathlib import Path
 
 import numpy as np
 import obstore
@@ -20,6 +22,7 @@ import actpipe
 from actpipe.describing import verify_run
 from actpipe.errors import IncompleteStoreError, StorageError, StoreMismatchError
 from actpipe.repairing import repair_run
+from actpipe.status import read_status
 from actpipe.stores import remote as remote_module
 from actpipe.stores.locking import Owner
 from actpipe.stores.remote import Remote, as_url, local_folder, remote_of
@@ -131,6 +134,35 @@ def test_cut_off_it_is_finished_on_another_machine(bucket, corpus, tmp_path, mon
         actpipe.open_store(url)[HOOK].compute(), actpipe.open_store(tmp_path / "local")[HOOK].compute()
     )
     assert verify_run(url)[0] == []
+
+
+def test_its_status_is_seen_from_elsewhere_and_nothing_is_touched(bucket, corpus, monkeypatch):
+    url, recipe = f"s3://{bucket}/run", make_recipe(corpus)
+    put, seen = Remote.put, []
+
+    def put_and_look(remote, *paths):
+        put(remote, *paths)
+        if any(path.name == "part-00000001.json" for path in paths):
+            seen.append(read_status(url))
+            raise StorageError("cut off")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Remote, "put", put_and_look)
+        with pytest.raises(StorageError, match="cut off"):
+            run(recipe, url)
+    forget(url)
+    before = objects(bucket)
+    (at_work,), cut_off = seen, read_status(url)
+
+    assert (at_work.run, at_work.state, at_work.corpora[0].parts_done) == (url, "at work", 2)
+    assert at_work.stages[1].state == "at work"
+    assert (cut_off.state, cut_off.corpora[0].parts_done) == ("killed", 2)
+    assert objects(bucket) == before
+    assert not Path(os.environ["ACTPIPE_CACHE"]).exists() or not list(Path(os.environ["ACTPIPE_CACHE"]).iterdir())
+    run(recipe, url)
+    assert (read_status(url).state, read_status(url).attempts) == ("finished", 2)
+    with pytest.raises(IncompleteStoreError, match="there is no run at"):
+        read_status(f"s3://{bucket}/nothing")
 
 
 @pytest.mark.parametrize("harm", ["truncated", "flipped", "missing", "foreign"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import signal
+from contextlib import contextmanager
 
 import pytest
 
@@ -13,6 +14,17 @@ from actpipe.records import Part
 from actpipe.streaming import BackgroundWorker
 
 PARTS = [Part(number, 10 * number, 10 * number + 10) for number in range(5)]
+
+
+class Work:
+    """What a stage gives an engine, with a worker that is there already."""
+
+    def __init__(self, worker):
+        self.worker = worker
+
+    @contextmanager
+    def open_worker(self, context, meter):
+        yield self.worker
 
 
 class Interrupting:
@@ -33,7 +45,7 @@ def test_a_ctrl_c_lost_in_a_callback_ends_the_run_before_the_next_part():
             gc.collect()
 
     with INTERRUPTION.heard(), pytest.raises(KeyboardInterrupt):
-        InProcess().run_parts(PARTS, work)
+        InProcess().run_parts(PARTS, Work(work), None, None)
     assert done == PARTS[:2]
 
 
@@ -48,7 +60,7 @@ def test_sigterm_lets_the_part_at_hand_and_all_that_was_handed_over_finish():
 
     with INTERRUPTION.heard(), pytest.raises(SystemExit, match="143"):
         with BackgroundWorker(written.append, 10) as worker:
-            InProcess().run_parts(PARTS, work)
+            InProcess().run_parts(PARTS, Work(work), None, None)
     assert written == done == PARTS[:2]
 
 

@@ -135,7 +135,7 @@ def test_without_a_terminal_progress_is_plain_lines(tmp_path):
     assert "\x1b" not in line
     (event,) = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
     assert (event["event"], event["what"], event["done"], event["n_bytes"]) == (
-        "finished",
+        "work finished",
         "extract main",
         1000,
         5_000_000,

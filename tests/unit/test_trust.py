@@ -202,7 +202,8 @@ class TestLocking:
                 pytest.fail("two at once")
         assert sorted(path.name for path in tmp_path.iterdir()) == [".lock"]
 
-    def test_the_lock_of_another_host_is_taken_over_once_it_is_stale(self, tmp_path):
+    def test_the_lock_of_another_host_is_taken_over_once_it_is_stale(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(locking, "WATCH_SECONDS", 0)
         write_lock(tmp_path, Owner(ELSEWHERE, 1, "2026-01-01T00:00:00"), age_seconds=locking.STALE_SECONDS + 1)
 
         with only_run_in(RunFolder(tmp_path)):

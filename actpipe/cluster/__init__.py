@@ -1,0 +1,1 @@
+"""Past one process: parts as tasks of a Dask cluster."""

@@ -1,0 +1,292 @@
+"""Parts as tasks of a Dask cluster: handed out, watched, and given to another worker where one fails or hangs."""
+
+from __future__ import annotations
+
+import json
+import queue
+import time
+import uuid
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from typing import Any
+
+from distributed import Client, Future
+
+from actpipe.cluster.analysing import OnWorkers
+from actpipe.cluster.ledger import Attempt, Ledger, RetriesExhausted
+from actpipe.cluster.site import RESOURCE, SHARE, Place, Report, Site, do_item, do_part
+from actpipe.cluster.starting import connected
+from actpipe.errors import ActpipeError, ClusterError
+from actpipe.interrupting import INTERRUPTION
+from actpipe.jobs.blocks import computed_by
+from actpipe.records import Part
+from actpipe.schemas.engine import EngineConfig
+from actpipe.stage import DoesParts, MapsItems, RunContext
+from actpipe.stores.layout import WAYS_OUT
+from actpipe.stores.remote import fetch_commits, publish_all, remote_of
+from actpipe.telemetry import Meter
+
+_LOOK_SECONDS = 0.5
+"""How often slow parts, lost workers and requests to end are looked for."""
+_AHEAD = 4
+"""Parts that are handed over for each worker: two at work, two that wait, so that none waits for this process."""
+_ITEMS_AHEAD = 4
+
+
+class DaskEngine:
+    """Gives parts to the workers of a Dask cluster, which is started or found when it is first needed.
+
+    Args:
+        config: Which cluster, and how patient to be with its workers.
+    """
+
+    is_here = False
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._config = config
+        self._stack = ExitStack()
+        self._client: Client | None = None
+        self._name = ""
+        self._news: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+
+    def run_parts(self, parts: Sequence[Part], work: DoesParts, context: RunContext, meter: Meter) -> None:
+        """Do every part once, wherever; parts that fail or hang are done again elsewhere.
+
+        Raises:
+            ClusterError: A part has failed too often, or the cluster is gone.
+            ActpipeError: Trying again would not help; the other parts at work are let go.
+        """
+        client = self._ready(context)
+        publish_all(context.folder.root)
+        with ExitStack() as at_end:
+            at_end.callback(fetch_commits, context.folder.root)
+            _Watch(client, self._config, self._name, self._news, context, meter).do(parts, work)
+
+    def map_items(self, items: Iterable[Any], work: MapsItems, context: RunContext) -> Iterator[Any]:
+        """Yield what becomes of each item, in the order of the items; some are worked on ahead."""
+        client = self._ready(context)
+        under_way: deque[Future] = deque()
+        work_key = uuid.uuid4().hex[:12]
+        try:
+            for item in items:
+                INTERRUPTION.raise_if_asked()
+                under_way.append(
+                    client.submit(do_item, self._name, work_key, work, item, pure=False, retries=self._config.retries)
+                )
+                if len(under_way) >= _ITEMS_AHEAD * max(1, len(client.nthreads())):
+                    yield under_way.popleft().result()
+            while under_way:
+                yield under_way.popleft().result()
+        finally:
+            client.cancel(list(under_way))
+
+    def analysing(self, context: RunContext) -> AbstractContextManager[None]:
+        """Within, graphs over the blocks of a store are computed by the workers, or here where they see no store."""
+        if remote_of(context.folder.root) is not None:
+            return nullcontext()
+        return computed_by(OnWorkers(lambda: self._ready(context), self._config.retries))
+
+    def close(self) -> None:
+        """Let go of the cluster; one that was started for this run ends."""
+        self._client = None
+        self._stack.close()
+
+    def _ready(self, context: RunContext) -> Client:
+        """Return the cluster with this run's site on each of its workers, those that come later included."""
+        if self._client is None:
+            client = self._stack.enter_context(connected(self._config, context.telemetry))
+            client.run_on_scheduler(_forget_the_dead)
+            self._name = f"actpipe-{client.id}"
+            remote = remote_of(context.folder.root)
+            place = Place(
+                name=self._name,
+                recipe=json.loads(context.recipe.model_dump_json()),
+                base=str(context.base.resolve()),
+                folder=str(context.folder.root.resolve()) if remote is None else remote.url,
+            )
+            client.register_plugin(Site(place), name=self._name)
+            client.subscribe_topic(self._name, lambda event: self._news.put(("told", event[1])))
+            self._client = client
+        return self._client
+
+
+async def _forget_the_dead(dask_scheduler: Any) -> None:
+    """Take away the sites, models included, of runs whose process is gone."""
+    alive = {f"actpipe-{client}" for client in dask_scheduler.clients}
+    for name in [name for name in dask_scheduler.worker_plugins if name.startswith("actpipe-")]:
+        if name not in alive:
+            await dask_scheduler.unregister_worker_plugin(None, name)
+
+
+class _Watch:
+    """Hands out the parts of one piece of work, and watches over them."""
+
+    def __init__(
+        self,
+        client: Client,
+        config: EngineConfig,
+        name: str,
+        news: queue.SimpleQueue[tuple[str, Any]],
+        context: RunContext,
+        meter: Meter,
+    ) -> None:
+        self._client = client
+        self._config = config
+        self._name = name
+        self._news = news
+        self._telemetry = context.telemetry
+        self._meter = meter
+        self._work_key = uuid.uuid4().hex[:12]
+        self._futures: dict[str, Future] = {}
+        self._hung: dict[str, tuple[Future, float]] = {}
+        """Attempts that are not needed any more and may still hold a worker, and since when."""
+        self._sites: dict[str, Report] = {}
+        self._workers: set[str] = set()
+        self._shown_rows = self._shown_bytes = 0
+
+    def do(self, parts: Sequence[Part], work: DoesParts) -> None:
+        self._work = work
+        self._ledger = Ledger(
+            parts,
+            retries=self._config.retries,
+            factor=self._config.slow_factor,
+            least_seconds=self._config.slow_seconds,
+        )
+        looked = 0.0
+        try:
+            while not self._ledger.is_done:
+                if time.monotonic() - looked >= _LOOK_SECONDS:
+                    self._look_after()
+                    looked = time.monotonic()
+                self._hand_out()
+                if INTERRUPTION.asked and self._ledger.n_under_way == 0:
+                    INTERRUPTION.raise_if_asked()
+                self._hear()
+            INTERRUPTION.raise_if_asked()
+        except RetriesExhausted as failed:
+            raise ClusterError(
+                f"tokens {failed.part.row_start:,} to {failed.part.row_stop:,} (part {failed.part.index}) failed "
+                f"{len(failed.reasons)} times, the last time with {failed.reasons[-1]}; what is committed stays valid, "
+                "the same command continues"
+            ) from None
+        finally:
+            with suppress(Exception):  # the cluster may be what is gone
+                self._client.cancel([*self._futures.values(), *(future for future, _ in self._hung.values())])
+
+    def _hand_out(self) -> None:
+        if INTERRUPTION.asked:
+            for attempt in self._ledger.unbegun():
+                self._drop(attempt)
+                self._ledger.give_up(attempt.key)
+            return
+        while self._ledger.is_waiting and self._ledger.n_under_way < _AHEAD * max(1, len(self._workers)):
+            self._submit(self._ledger.next_part())
+
+    def _submit(self, part: Part) -> None:
+        attempt = self._ledger.hand_over(part, time.monotonic())
+        others = sorted(self._workers - self._ledger.workers_to_avoid(part))
+        avoid = {"workers": others} if others and len(others) < len(self._workers) else {}
+        future = self._client.submit(
+            do_part,
+            self._name,
+            attempt.key,
+            self._work_key,
+            self._work,
+            part,
+            key=f"{self._work_key}-{attempt.key}",
+            resources={RESOURCE: SHARE},
+            pure=False,
+            **avoid,
+        )
+        self._futures[attempt.key] = future
+        future.add_done_callback(lambda future, key=attempt.key: self._news.put(("done", (key, future))))
+
+    def _hear(self) -> None:
+        """Take in what has happened; wait a little where nothing has."""
+        try:
+            kind, news = self._news.get(timeout=_LOOK_SECONDS)
+        except queue.Empty:
+            return
+        if kind == "done":
+            self._end(*news)
+        elif "key" in news:
+            self._ledger.begin(news["key"], news["worker"], time.monotonic())
+        else:
+            self._sites[news["worker"]] = Report(news["worker"], 0.0, news["done"], news["n_bytes"])
+        self._show()
+
+    def _end(self, key: str, future: Future) -> None:
+        self._hung.pop(key, None)
+        if self._futures.pop(key, None) is None:
+            return  # another attempt was first
+        if future.status == "finished":
+            report: Report = future.result()
+            self._sites[report.worker] = report
+            for other in self._ledger.finish(key, time.monotonic()):
+                self._drop(other)
+            return
+        error = _error_of(future)
+        if _is_final(error):
+            raise error
+        reason = str(error) or type(error).__name__
+        part = self._ledger.fail(key, f"{type(error).__name__}: {reason.splitlines()[0]}")
+        self._telemetry.count("retries", 1)
+        self._telemetry.event("retry", key=key, error=type(error).__name__, message=reason)
+        if part is not None:
+            self._submit(part)
+
+    def _drop(self, attempt: Attempt) -> None:
+        """Let go of an attempt that is not needed any more."""
+        future = self._futures.pop(attempt.key, None)
+        if future is None:
+            return
+        future.cancel()
+        if attempt.begun is not None and attempt.worker is not None:
+            self._hung[attempt.worker] = (future, time.monotonic())
+
+    def _look_after(self) -> None:
+        """Start slow parts again elsewhere, and restart workers that hang."""
+        if self._client.status not in ("running", "connecting"):
+            raise ClusterError(
+                "the scheduler of the cluster is gone; what is committed stays valid, start the cluster "
+                "again and give the same command"
+            )
+        self._workers = set(self._client.nthreads())
+        self._telemetry.gauge("workers", len(self._workers))
+        self._telemetry.gauge("parts_in_flight", self._ledger.n_under_way)
+        now = time.monotonic()
+        if len(self._workers) > 1 and not INTERRUPTION.asked:
+            for attempt in self._ledger.slow(now):
+                self._telemetry.event("slow", part=attempt.part.index, worker=attempt.worker)
+                self._submit(attempt.part)
+        for worker, (_, since) in list(self._hung.items()):
+            if now - since > self._config.slow_seconds:
+                del self._hung[worker]
+                self._telemetry.event("restart", worker=worker)
+                with suppress(Exception):  # one without a nanny cannot be restarted, and stays as it is
+                    self._client.restart_workers([worker], raise_for_error=False)
+
+    def _show(self) -> None:
+        """Bring the meter up to what is done: whole parts, and what workers tell of those under way."""
+        done = self._ledger.n_rows_done
+        total = max(done, min(sum(site.n_rows for site in self._sites.values()), self._meter.total or done))
+        n_bytes = sum(site.n_bytes for site in self._sites.values())
+        rows, written = max(0, total - self._shown_rows), max(0, n_bytes - self._shown_bytes)
+        self._shown_rows += rows
+        self._shown_bytes += written
+        self._meter.advance(rows, written)
+
+
+def _error_of(future: Future) -> BaseException:
+    """Return why a task gave nothing."""
+    try:
+        error = future.exception(timeout=10)
+    except Exception as other:  # noqa: BLE001 - a lost or cancelled task says so by raising
+        return other
+    return error if error is not None else RuntimeError(f"the task was {future.status}")
+
+
+def _is_final(error: BaseException) -> bool:
+    """Whether trying again would end in the same way: what was said on purpose, and a disk that takes nothing."""
+    return isinstance(error, ActpipeError) or (isinstance(error, OSError) and error.errno in WAYS_OUT)

@@ -1,0 +1,78 @@
+"""A worker of a cluster that leaves in order: asked to end, it finishes the parts at hand and takes no more."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import uuid
+
+from distributed import Security, Worker, rpc
+
+from actpipe.cluster.site import RESOURCE
+from actpipe.errors import ClusterError
+
+_TASKS = 2
+"""Tasks at once: one part is computed while another is written."""
+_LOOK_SECONDS = 0.05
+_TELL_SECONDS = 0.5
+"""Time in which the scheduler hears of what was finished last."""
+
+
+def work_for(scheduler: str, *, name: str | None, seconds: float | None) -> None:
+    """Do parts for whoever gives some to a scheduler, until it ends or this process is asked to.
+
+    SIGTERM and SIGINT let the parts at hand be finished; a second one ends the process at once.
+
+    Args:
+        scheduler: Address, such as `tcp://10.0.0.1:8786`.
+        name: Name of the worker in logs and on the dashboard.
+        seconds: Leave in order after this time, before a batch system would end the process.
+
+    Raises:
+        ClusterError: There is no scheduler at that address.
+    """
+    logging.getLogger("distributed").setLevel(logging.ERROR)
+    asyncio.run(_work(scheduler, name, seconds))
+
+
+async def _work(scheduler: str, name: str | None, seconds: float | None) -> None:
+    try:
+        async with rpc(scheduler, connection_args=Security().get_connection_args("worker")) as there:
+            await there.identity()
+    except (OSError, TimeoutError, ValueError) as error:
+        raise ClusterError(
+            f"there is no Dask scheduler at {scheduler} ({error}); start one with `dask scheduler`"
+        ) from error
+    worker = await Worker(
+        scheduler, nthreads=_TASKS, name=name, resources={RESOURCE: 1}, memory_limit=0, dashboard=False
+    )
+    asked = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def hear(number: signal.Signals) -> None:
+        loop.remove_signal_handler(number)
+        asked.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, hear, number)
+    if seconds is not None:
+        loop.call_later(seconds, asked.set)
+    ended = asyncio.create_task(worker.finished())
+    waiting = asyncio.create_task(asked.wait())
+    await asyncio.wait({ended, waiting}, return_when=asyncio.FIRST_COMPLETED)
+    waiting.cancel()
+    if not ended.done():
+        await _leave(worker)
+    await ended
+
+
+async def _leave(worker: Worker) -> None:
+    """Take no more tasks, finish those at hand, then go."""
+    await worker.scheduler.retire_workers(
+        workers=[worker.address], close_workers=False, remove=False, stimulus_id=f"leave-{uuid.uuid4().hex}"
+    )
+    while worker.state.executing_count:
+        await asyncio.sleep(_LOOK_SECONDS)
+    await asyncio.sleep(_TELL_SECONDS)
+    await worker.close(nanny=False, reason="asked to end")
