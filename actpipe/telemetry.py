@@ -43,8 +43,8 @@ class Meter:
         title: What the work is.
         total: How many units there are, where that is known.
         unit: What is counted.
-        count: Told of what is added, in units and in bytes.
-        note: Told of what happens on the way: `(text, kind of event, **fields)`.
+        count: Who adds what is done, and bytes, to metrics.
+        note: Who is told of what happens on the way: `(text, kind of event, **fields)`.
     """
 
     def __init__(

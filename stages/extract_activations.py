@@ -17,7 +17,7 @@ from actpipe.extraction.estimate import estimate, row_bytes
 from actpipe.extraction.keeping import most_rows, settle_rows
 from actpipe.extraction.layout import check_encoding, check_rows_per_part, plan_store
 from actpipe.extraction.proof import prove_hooks
-from actpipe.extraction.settling import FindsBatchSize, find_batch_tokens, settle_batch_tokens
+from actpipe.extraction.settling import check_batch_tokens, find_batch_tokens, settle_batch_tokens
 from actpipe.extraction.trial import tokens_per_second
 from actpipe.extraction.worker import ExtractionWorker
 from actpipe.hooks import ModelShape
@@ -27,6 +27,7 @@ from actpipe.models.loading import resolve_device
 from actpipe.planning import format_bytes, plan_parts
 from actpipe.records import Finding, Part
 from actpipe.stage import RunContext
+from actpipe.stores.claims import BATCH_SIZE, alone_at
 from actpipe.stores.reading import ActivationStore, is_complete
 from actpipe.stores.token_table import TokenTable
 from actpipe.stores.writing import create_store, missing_parts, read_manifest
@@ -58,11 +59,12 @@ class ExtractActivations:
         check_encoding(self.config, names)
         inputs = inputs_of(context, self.config.corpus)
         self._derivations(context, inputs)
+        check_batch_tokens(self.config, context.folder, here=context.engine.is_here)
         check_rows_per_part(self.config, inputs)
         if inputs.n_prefix or self.config.chunk_tokens is not None:
             self._check_pieces(context)
-        runs_here = context.engine.is_here and not is_complete(context.corpus(self.config))
-        if context.devices is None and context.recipe.model.device_map is None and runs_here:
+        runs_here = context.engine.is_here and context.devices is None and context.recipe.model.device_map is None
+        if runs_here and not is_complete(context.corpus(self.config)):
             resolve_device(context.recipe.model.device)
 
     def plan(self, context: RunContext) -> Finding:
@@ -124,20 +126,9 @@ class ExtractActivations:
             context.telemetry.say(
                 f"continuing: {manifest.n_rows - n_rows:,} of {manifest.n_rows:,} tokens are committed already"
             )
-        work = self._with_batch_size(context, manifest.context_length)
         with context.telemetry.progress(f"extract {self.config.corpus}", n_rows, "tokens") as meter:
-            context.engine.run_parts(missing, work, context, meter)
+            context.engine.run_parts(missing, self, context, meter)
         return meter.rate
-
-    def _with_batch_size(self, context: RunContext, length: int) -> ExtractActivations:
-        """Return this stage with the number of tokens in a batch, found by one of those who do the parts."""
-        found = settle_batch_tokens(
-            self.config,
-            context.corpus(self.config),
-            lambda: next(context.engine.map_items([length], FindsBatchSize(self.config), context)),
-            context.telemetry.note,
-        )
-        return replace(self, config=self.config.model_copy(update={"batch_tokens": found}))
 
     @contextmanager
     def open_worker(self, context: RunContext, meter: Meter) -> Iterator[ExtractionWorker]:
@@ -150,6 +141,15 @@ class ExtractActivations:
         prove_hooks(context.model, table, names)
         if table.manifest.prefix_ids or self.config.chunk_tokens is not None:
             prove_cache(context.model, names)
+        with alone_at(folder, BATCH_SIZE):
+            settle_batch_tokens(
+                self.config,
+                folder,
+                lambda: context.model,
+                context_length=manifest.context_length,
+                derivations=derivations,
+                note=meter.note,
+            )
         with ExtractionWorker.open(
             self.config, context.model, folder, manifest, meter, derivations=derivations
         ) as worker:

@@ -21,12 +21,13 @@ from actpipe.extraction.deriving import Derivation, captured_hooks, plan_derivat
 from actpipe.extraction.keeping import settle_rows
 from actpipe.extraction.proof import prove_hooks
 from actpipe.extraction.reducing import PartialSums, Reduced, ReducingWorker, check_statistics, merge_all, reduced_of
-from actpipe.extraction.settling import FindsBatchSize, settle_batch_tokens
+from actpipe.extraction.settling import check_batch_tokens, settle_batch_tokens
 from actpipe.hooks import HookPoint
 from actpipe.model_inputs import inputs_of, special_token_ids
 from actpipe.planning import plan_parts
 from actpipe.records import Finding, Part
 from actpipe.stage import RunContext
+from actpipe.stores.claims import BATCH_SIZE, alone_at
 from actpipe.stores.kept_rows import KeptRows
 from actpipe.stores.layout import RunFolder
 from actpipe.stores.results import Result, ResultWriter, current_result, labels
@@ -60,6 +61,7 @@ class ReduceActivations:
 
     def check(self, context: RunContext) -> None:
         """Refuse activations that have no such statistics, and what would not fit into memory."""
+        check_batch_tokens(self.config, context.folder, here=context.engine.is_here)
         shape, length = context.spec.shape, inputs_of(context, self.config.corpus).context_length
         check_statistics(self.config, self._points(context), self._derivations(context), shape, length)
 
@@ -122,13 +124,6 @@ class ReduceActivations:
     def _do(self, context: RunContext, parts: list[Part]) -> None:
         if not parts:
             return
-        length = TokenTable(context.corpus(self.config)).manifest.context_length
-        settle_batch_tokens(
-            self.config,
-            self._place(context),
-            lambda: next(context.engine.map_items([length], FindsBatchSize(self.config), context)),
-            context.telemetry.note,
-        )
         n_rows = sum(part.n_rows for part in parts)
         with context.telemetry.progress(f"{self.config.name} {self.config.corpus}", n_rows, "tokens") as meter:
             context.engine.run_parts(parts, self, context, meter)
@@ -138,6 +133,16 @@ class ReduceActivations:
         """Prove the names on this very model and hook them."""
         tokens, place = TokenTable(context.corpus(self.config)), self._place(context)
         prove_hooks(context.model, tokens, context.spec.select(captured_hooks(self.config)))
+        derivations = self._derivations(context)
+        with alone_at(place, BATCH_SIZE):
+            settle_batch_tokens(
+                self.config,
+                place,
+                lambda: context.model,
+                context_length=tokens.manifest.context_length,
+                derivations=derivations,
+                note=meter.note,
+            )
         with ReducingWorker.open(
             self.config,
             context.model,
@@ -145,7 +150,7 @@ class ReduceActivations:
             self._kept(place),
             PartialSums(place),
             meter=meter,
-            derivations=self._derivations(context),
+            derivations=derivations,
         ) as worker:
             yield worker
 

@@ -210,6 +210,8 @@ class _Watch:
             return
         if kind == "done":
             self._end(*news)
+        elif "note" in news:
+            self._telemetry.note(news["note"], news["kind"], **news["fields"])
         elif "key" in news:
             self._ledger.begin(news["key"], news["worker"], time.monotonic())
         else:

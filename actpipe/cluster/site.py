@@ -112,7 +112,7 @@ class Site(WorkerPlugin):  # type: ignore[misc]
         """Compute a part; in this site's own thread."""
         if self._opened is None or self._opened.key != work_key:
             self._close(None)
-            self._opened = _Opened.open(work_key, work, self.context, self._tell_progress)
+            self._opened = _Opened.open(work_key, work, self.context, self._tell_progress, self._tell_note)
         opened = self._opened
         try:
             return opened, opened.worker(part)
@@ -130,6 +130,9 @@ class Site(WorkerPlugin):  # type: ignore[misc]
     def _tell_progress(self, meter: Meter) -> None:
         self._tell(worker=self._worker.address, done=meter.done, n_bytes=meter.n_bytes)
 
+    def _tell_note(self, text: str, kind: str, **fields: Any) -> None:
+        self._tell(note=text, kind=kind, fields={**fields, "worker": self._worker.address})
+
     def _tell(self, **message: Any) -> None:
         self._worker.log_event(self.name, message)
 
@@ -144,8 +147,10 @@ class _Opened:
     _stack: ExitStack
 
     @classmethod
-    def open(cls, key: str, work: DoesParts, context: RunContext, tell: Callable[[Meter], None]) -> _Opened:
-        meter = Meter(key, None, "")
+    def open(
+        cls, key: str, work: DoesParts, context: RunContext, tell: Callable[[Meter], None], note: Callable[..., None]
+    ) -> _Opened:
+        meter = Meter(key, None, "", note=note)
         last = 0.0
 
         def now_and_then() -> None:

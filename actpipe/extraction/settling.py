@@ -5,65 +5,67 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from actpipe.errors import RecipeError
 from actpipe.extraction.batch_size import read_number
-from actpipe.extraction.deriving import Derivation, captured_hooks, plan_derivations
+from actpipe.extraction.deriving import Derivation, captured_hooks
 from actpipe.extraction.trial import Config, Measured, Trial, device_names
 from actpipe.models.hooked_model import HookedModel
 from actpipe.models.loading import dtype_name, identify
 from actpipe.stores.layout import RunFolder, user_cache, write_whole
-from actpipe.stores.remote import publish
-
-if TYPE_CHECKING:
-    from actpipe.stage import RunContext
+from actpipe.stores.remote import publish, remote_of
 
 _OF_THE_PASSES = ("stage", "hooks", "derive", "metrics", "statistics", "k", "chunk_tokens", "dtype")
 """Settings on which speed and memory of a pass depend, where a stage has them."""
 
 
+def check_batch_tokens(config: Config, folder: RunFolder, *, here: bool) -> None:
+    """Refuse a trial whose outcome workers could not agree on, since each has its own copy of the run's folder.
+
+    Raises:
+        RecipeError: Says the way out.
+    """
+    if config.batch_tokens == "auto" and not here and remote_of(folder.root) is not None:
+        raise RecipeError(
+            f"{config.stage}: `batch_tokens: auto` needs a folder that all workers share, and this run is in an object "
+            "store; give a number (a run of one part with `engine: process` finds and says one)"
+        )
+
+
 def settle_batch_tokens(
-    config: Config, folder: RunFolder, find: Callable[[], tuple[int, str]], note: Callable[..., None]
+    config: Config,
+    folder: RunFolder,
+    load_model: Callable[[], HookedModel],
+    *,
+    context_length: int,
+    derivations: Iterable[Derivation] = (),
+    note: Callable[..., None] = lambda *_, **__: None,
 ) -> int:
     """Return the size of batches, and leave it in a folder, so that all who work there make the same batches.
 
-    Where the recipe says `auto`: the number that is in the folder, else the one that is found now. It is for whoever
-    hands parts out, before that.
+    Where the recipe says `auto`: the number that is in the folder, else the one that was found before on such
+    devices for such passes, else the one that a trial finds. Call it before parts are handed out.
 
     Args:
         config: Of `extract_activations` or `reduce_activations`.
         folder: Where its parts are committed.
-        find: `find_batch_tokens` of where parts are done; called only where nothing is settled yet.
+        load_model: Gives the model; called only where there must be a trial, or a look at what was remembered.
+        context_length: Of the longest sequence.
+        derivations: What is made of activations.
         note: Told of a number that is new: a sentence, a kind of event and its fields.
     """
     if config.batch_tokens != "auto":
         return config.batch_tokens
-    if (settled := read_number(folder.batch_tokens)) is not None:
-        return settled
-    found, how = find()
+    if (found := read_number(folder.batch_tokens)) is not None:
+        return found
+    found, how = find_batch_tokens(config, load_model(), context_length, derivations)
     write_whole(folder.batch_tokens, _json({"batch_tokens": found}))
     publish([folder.batch_tokens])
     note(f"batches of {found:,} tokens: {how}", "batch size", stage=config.stage, batch_tokens=found, how=how)
     return found
-
-
-@dataclass(frozen=True)
-class FindsBatchSize:
-    """Finds the size of batches where a model is run: on this machine or on a worker, as an engine maps items."""
-
-    config: Config
-
-    def mapped(self, context: RunContext) -> Callable[[int], tuple[int, str]]:
-        """Return a function from the length of the longest sequence, in tokens, to the size and how it was found."""
-
-        def find(context_length: int) -> tuple[int, str]:
-            derivations = plan_derivations(self.config, context.spec, context.base, context_length)
-            return find_batch_tokens(self.config, context.model, context_length, derivations)
-
-        return find
 
 
 def find_batch_tokens(

@@ -14,6 +14,8 @@ from actpipe.stores.remote import remote_of
 
 CLAIMS = "claims"
 """File among those on their way whose bytes are locked, one for each part; it stays empty."""
+BATCH_SIZE = 2**40
+"""Stands for the size of batches, in the place of a part."""
 _NO_LOCKS = {errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL}
 
 

@@ -154,7 +154,9 @@ def test_a_finished_run_is_left_as_it_is(corpus, tmp_path):
 def test_nothing_is_run_twice(corpus, tmp_path, monkeypatch):
     recipe, out = make_recipe(corpus), tmp_path / "run"
     run(recipe, out)
-    monkeypatch.setattr("actpipe.running.HookedModel.from_source", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(
+        "actpipe.contexts.HookedModel.from_source", lambda *_, **__: pytest.fail("the model was loaded")
+    )
 
     run(recipe, out)
 

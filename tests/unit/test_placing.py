@@ -120,7 +120,9 @@ def placement_rows(findings):
 def test_a_plan_for_other_devices_loads_no_weights(corpus, tmp_path, monkeypatch):
     from actpipe.running import plan_recipe
 
-    monkeypatch.setattr("actpipe.contexts.HookedModel.from_source", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(
+        "actpipe.contexts.HookedModel.from_source", lambda *_, **__: pytest.fail("the model was loaded")
+    )
     recipe = make_recipe(corpus, hooks=["blocks.*.hook_resid_post"], batch_tokens=128)
     recipe["stages"].append({"stage": "reduce_activations", "hooks": ["blocks.0.hook_resid_post"], "batch_tokens": 64})
     recipe["model"]["device"] = "cuda:5"
