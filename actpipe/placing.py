@@ -66,13 +66,15 @@ def describe_placement(context: RunContext, devices: Devices, placement: Placeme
     alone = memory.weights + memory.working <= USABLE_SHARE * devices.bytes_each
     split = f"at most one block of {format_bytes(memory.block)} from even" if placement.devices_per_replica > 1 else ""
     idle = devices.n - placement.n_devices
+    workers = "each a worker of `engine: dask`" if placement.replicas > 1 else ""
+    left_over = f"{idle} of the devices left over" if idle else ""
     rows = [
         ("model", format_bytes(memory.weights), f"{spec.n_parameters:,} parameters in {spec.identity.dtype}"),
         ("working memory", format_bytes(memory.working), "at most: activations, logits, keys and values of one pass"),
         ("devices", f"{devices.n}", f"of {format_bytes(devices.bytes_each)} each, {devices.name}"),
         ("fits on one", "yes" if alone else "no", f"of whose memory {USABLE_SHARE:.0%} may be used"),
         ("devices per replica", f"{placement.devices_per_replica}", split),
-        ("replicas", f"{placement.replicas}", f"{idle} of the devices are left over" if idle else ""),
+        ("replicas", f"{placement.replicas}", "; ".join(filter(None, (workers, left_over)))),
         ("share of memory", f"{placement.share:.0%}", "expected, of each device that is used"),
     ]
     if placement.offload != "none":
@@ -89,4 +91,6 @@ def _note(context: RunContext, placement: Placement) -> str:
         return f"does not fit on all of these devices together; {_WAY_OUT[placement.offload]}, {slow}"
     if fits_as_written(context, placement):
         return ""
-    return "does not fit on one device: set `model.device_map: auto` to spread each copy over several"
+    n_each = placement.devices_per_replica
+    engine = f" and `engine.devices_per_worker: {n_each}`" if placement.replicas > 1 else ""
+    return f"does not fit on one device: set `model.device_map: auto`{engine} to spread each copy over {n_each}"

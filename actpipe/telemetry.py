@@ -154,8 +154,12 @@ class Telemetry:
 
     def say(self, text: str) -> None:
         """Tell people something, once; the log has it too."""
+        self.note(text, "note")
+
+    def note(self, text: str, kind: str, **fields: Any) -> None:
+        """Tell people something, and log it as an event of some kind."""
         self._show(text)
-        self.event("note", text=text)
+        self.event(kind, text=text, **fields)
 
     def count(self, name: str, amount: float = 1, **labels: str) -> None:
         """Add to a counter of `metrics`; see `Metrics.count`."""
@@ -229,11 +233,6 @@ class Telemetry:
         self.event("stage finished", seconds=round(seconds, 3))
         self._stage = {}
 
-    def note(self, text: str, kind: str, **fields: Any) -> None:
-        """Tell people something, and log it as an event."""
-        self.say(text)
-        self.event(kind, **fields)
-
     @contextmanager
     def progress(self, title: str, total: int | None, unit: str) -> Iterator[Meter]:
         """Show the progress of one piece of work; log it every `REPORT_SECONDS`, and its end."""
@@ -252,7 +251,7 @@ class Telemetry:
 
     def _show(self, text: str) -> None:
         if self._lines is None:
-            self.console.print(text, highlight=False, soft_wrap=True)
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _keep_if_possible(self) -> None:
         with suppress(OSError):  # the place is away: the work itself will tell

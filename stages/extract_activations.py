@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from actpipe.schemas.manifest import StoreManifest
@@ -75,13 +75,14 @@ class ExtractActivations:
         inputs = inputs_of(context, self.config.corpus)
         derivations = self._derivations(context, inputs)
         manifest = plan_store(self.config, context.spec, n_rows=n_rows, inputs=inputs, derivations=derivations)
-        config, speed = self.config, None
+        config, speed, note = self.config, None, ""
         if context.devices is None:
             model, length = context.model, inputs.context_length
-            found, _ = find_batch_tokens(config, model, length, derivations)
+            found, how = find_batch_tokens(config, model, length, derivations)
+            note = f"batches of {found:,} tokens: {how}" if config.batch_tokens == "auto" else ""
             config = config.model_copy(update={"batch_tokens": found})
             speed = tokens_per_second(config, model, derivations, length), str(model.device)
-        return estimate(config, manifest, context.spec.n_bytes, speed)
+        return replace(estimate(config, manifest, context.spec.n_bytes, speed), note=note)
 
     def run(self, context: RunContext) -> None:
         """Do every part that has no commit record; doing one twice changes nothing."""

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from actpipe.devices import ran_out_of_memory, release_caches
+from actpipe.devices import ran_out_of_memory, release_caches, shortage_in_words
 from actpipe.errors import DeviceMemoryError
 from actpipe.extraction.layout import GENERATED, TOKEN_ARRAYS
 from actpipe.extraction.rows import WantedRows, rows_of_part
@@ -188,7 +188,7 @@ class Passes:
         except Exception as error:
             if not ran_out_of_memory(error):
                 raise
-            self._did_not_fit = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            self._did_not_fit = shortage_in_words(error)
         else:
             self._tell_of_smaller()
             return True

@@ -43,30 +43,38 @@ class Measured:
     seconds: float
 
 
-def best_batch(measure: Callable[[int], Measured | None], *, most: int) -> Measured | None:
+def best_batch(measure: Callable[[int], Measured | None], *, first: int, most: int) -> Measured | None:
     """Double the number of sequences in a batch until memory runs short or it no longer pays.
+
+    Smaller batches than the first are not asked for their speed: what they take is too little to tell it from noise.
 
     A size is tried only where twice the memory of the one before it is there. Among those that were tried,
     the smallest is taken that is as fast as the fastest, or nearly so.
 
     Args:
         measure: Runs a batch of so many sequences; None where it ran out of memory.
+        first: Sequences to begin with: half as many, and half of those, only where they do not fit.
         most: Most sequences.
 
     Returns:
         The size; None where not even one sequence fits.
     """
     tried: list[Measured] = []
-    n_sequences, without_gain = 1, 0
-    while n_sequences <= most and (found := measure(n_sequences)) is not None:
+    n_sequences, without_gain = min(first, most), 0
+    while (found := measure(n_sequences)) is None:
+        if n_sequences == 1:
+            return None
+        n_sequences //= 2
+    while found is not None:
         fastest = max((one.tokens_per_second for one in tried), default=0.0)
         without_gain = 0 if found.tokens_per_second > _GAIN * fastest else without_gain + 1
         tried.append(found)
         if found.share > 0.5 or without_gain == 2 or found.seconds > _LONGEST_SECONDS:
             break
         n_sequences *= 2
-    fastest = max((one.tokens_per_second for one in tried), default=0.0)
-    return next((one for one in tried if one.tokens_per_second * _GAIN >= fastest), None)
+        found = measure(n_sequences) if n_sequences <= most else None
+    fastest = max(one.tokens_per_second for one in tried)
+    return next(one for one in tried if one.tokens_per_second * _GAIN >= fastest)
 
 
 class Trial:
@@ -94,7 +102,8 @@ class Trial:
     def best(self) -> Measured | None:
         """Return the best size of batches; None where not even one sequence fits."""
         most = _MOST_TOKENS.get(self._model.device.type, _MOST_TOKENS_ELSEWHERE)
-        return best_batch(self.measure, most=max(1, most // self._length))
+        first = max(1, _TIMED_TOKENS // self._length)
+        return best_batch(self.measure, first=first, most=max(1, most // self._length))
 
     def measure(self, n_sequences: int) -> Measured | None:
         """Run a batch; None where memory runs out, or is known not to suffice."""

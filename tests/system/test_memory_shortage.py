@@ -13,7 +13,7 @@ from support import MODELS, TEXTS, all_bytes, make_recipe, run
 
 from actpipe import HookedModel, open_results, open_store
 from actpipe.describing import verify_run
-from actpipe.devices import ran_out_of_memory
+from actpipe.devices import ran_out_of_memory, shortage_in_words
 from actpipe.errors import DeviceMemoryError
 from actpipe.repairing import recheck_run
 from actpipe.stores.writing import read_commit
@@ -104,7 +104,7 @@ def test_memory_that_runs_out_at_any_time_costs_no_row(id_corpus, tmp_path, shor
 
     assert events(tmp_path / "short", "smaller batches")
     assert verify_run(tmp_path / "short")[0] == []
-    assert events(tmp_path / "short", "finished")[-1]["done"] == wanted.n_rows
+    assert events(tmp_path / "short", "work finished")[-1]["done"] == wanted.n_rows
     for name in wanted.array_names:
         exact = name.startswith("tokens/") or name == f"activations/{EMBED}"
         tolerance = {"rtol": 0, "atol": 0} if exact else {"rtol": 1e-4, "atol": 2e-5}
@@ -129,7 +129,7 @@ def test_no_row_counts_twice_in_statistics(corpus, tmp_path, shortage, hooks):
     found, wanted = (open_results(tmp_path / name, "reduce_activations").dataset.load() for name in ("short", "small"))
 
     xr.testing.assert_identical(found.drop_attrs(), wanted.drop_attrs())
-    counted, expected = (events(tmp_path / name, "finished")[-1]["done"] for name in ("short", "small"))
+    counted, expected = (events(tmp_path / name, "work finished")[-1]["done"] for name in ("short", "small"))
     assert counted == expected
     assert len(events(tmp_path / "short", "smaller batches")) == 1
 
@@ -201,6 +201,24 @@ def test_what_allocators_say_is_understood(allocate):
         allocate()
 
     assert ran_out_of_memory(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        (
+            "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: 16 bytes (12)\n",
+            "DefaultCPUAllocator: can't allocate memory: 16 bytes (12)",
+        ),
+        (
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB.",
+            "CUDA out of memory. Tried to allocate 2.00 GiB",
+        ),
+        ("", "RuntimeError"),
+    ],
+)
+def test_what_people_are_told_is_short(said, words):
+    assert shortage_in_words(RuntimeError(said)) == words
 
 
 @pytest.mark.parametrize(

@@ -109,3 +109,30 @@ def test_an_address_that_is_none_is_refused_before_anything_runs(corpus, tmp_pat
     assert run.returncode == 1
     assert "engine.scheduler" in output
     assert not (tmp_path / "run").exists()
+
+
+def test_workers_find_the_size_of_batches_once_and_all_use_it(tmp_path, monkeypatch):
+    from support import SPEECHES
+
+    monkeypatch.setitem(SINGLE, "ACTPIPE_CACHE", str(tmp_path / "cache"))
+
+    recipe = recipe_of(SPEECHES)
+    recipe["stages"] = recipe["stages"][:2]
+    recipe["stages"][0] |= {"max_tokens": 4096}
+    recipe["stages"][1] |= {"batch_tokens": "auto"}
+    by_workers = write_recipe({**recipe, "engine": {"kind": "dask", "workers": 2}}, tmp_path / "workers.yaml")
+    run = actpipe("run", by_workers, "--out", tmp_path / "workers")
+    output, _ = run.communicate(timeout=300)
+    assert run.returncode == 0, output
+    found = json.loads((tmp_path / "workers/commits/batch_tokens.json").read_text())["batch_tokens"]
+    recipe["stages"][1] |= {"batch_tokens": found}
+    run = actpipe("run", write_recipe(recipe, tmp_path / "one.yaml"), "--out", tmp_path / "one")
+    output, _ = run.communicate(timeout=300)
+    assert run.returncode == 0, output
+
+    stores = [
+        {path: data for path, data in all_bytes(tmp_path / name).items() if path.startswith("store.zarr/activations")}
+        for name in ("workers", "one")
+    ]
+    assert stores[0] == stores[1]
+    assert found % 64 == 0

@@ -6,7 +6,7 @@ import json
 
 import pytest
 from actpipe.schemas.recipe import ExtractActivationsConfig
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import TEXTS, all_bytes, make_recipe, run
 
@@ -47,19 +47,29 @@ class Device:
     ],
 )
 def test_the_smallest_batch_of_full_speed_is_found(device, most, found):
-    assert best_batch(device, most=most).batch_tokens == found
+    assert best_batch(device, first=1, most=most).batch_tokens == found
+
+
+@pytest.mark.parametrize(("capacity", "tried"), [(1000, [16, 32, 64]), (9, [16, 8]), (24, [16]), (1, [16, 8, 4, 2, 1])])
+def test_smaller_batches_than_the_first_are_tried_where_it_does_not_fit(capacity, tried):
+    device = Device(capacity=capacity, full_speed_at=1)
+    best_batch(device, first=16, most=512)
+
+    assert device.tried == tried
 
 
 def test_nothing_is_found_where_not_even_one_sequence_fits():
-    assert best_batch(Device(capacity=0, full_speed_at=1), most=64) is None
+    assert best_batch(Device(capacity=0, full_speed_at=1), first=8, most=64) is None
 
 
-@given(st.integers(1, 300), st.integers(1, 300), st.integers(1, 300))
-def test_no_batch_is_tried_that_is_known_not_to_fit(capacity, full_speed_at, most):
+@settings(deadline=None)
+@given(st.integers(1, 300), st.integers(1, 300), st.integers(1, 300), st.integers(1, 300))
+def test_no_batch_is_tried_that_is_known_not_to_fit(capacity, full_speed_at, first, most):
     device = Device(capacity=capacity, full_speed_at=full_speed_at)
-    found = best_batch(device, most=most)
+    found = best_batch(device, first=first, most=most)
 
-    assert max(device.tried) <= min(capacity, most)
+    assert max(device.tried) <= most
+    assert all(n_sequences <= first for n_sequences in device.tried if n_sequences > capacity)
     assert found.share <= 1
 
 
@@ -119,7 +129,8 @@ def test_what_was_found_is_remembered_for_runs_like_it_and_no_others(corpus, tmp
     run(make_recipe(corpus, **EXTRACT), tmp_path / "first")
     run(make_recipe(corpus, **EXTRACT), tmp_path / "second")
     assert [settled(tmp_path / name) for name in ("first", "second")] == [96, 96]
-    plan_recipe(make_recipe(corpus, **EXTRACT), out=tmp_path / "planned")
+    (planned,) = [f for f in plan_recipe(make_recipe(corpus, **EXTRACT), out=tmp_path / "planned") if f.note]
+    assert planned.note == "batches of 96 tokens: found by an earlier trial on CPU"
     assert len(trials) == 1
     run(make_recipe(corpus, **EXTRACT | {"hooks": ["blocks.0.attn.hook_pattern"]}), tmp_path / "third")
     assert settled(tmp_path / "third") == 64
