@@ -209,6 +209,7 @@ class Telemetry:
         """Log and measure one stage; an error leaves its name on the lines that follow."""
         self._stage, self._stage_began = {"stage": name, "corpus": corpus}, time.monotonic()
         self.event("stage started")
+        self._keep_if_possible()
         yield
         seconds = time.monotonic() - self._stage_began
         self.gauge("stage_seconds", seconds, **self._stage)
