@@ -47,7 +47,7 @@ class Sample:
 Source = Callable[[], Iterable[Sample]]
 
 
-def sample_of(name: str, value: float, **labels: str) -> Sample:
+def sample_of(name: str, value: float, /, **labels: str) -> Sample:
     """Return a number that is known only when somebody asks; under a name of a stage's own it is a counter."""
     return Sample(name, KNOWN[name][0] if name in KNOWN else "counter", _labels(labels), value)
 
@@ -61,7 +61,7 @@ class Metrics:
     _sources: list[Source] = field(default_factory=list)
     _changing: threading.Lock = field(default_factory=threading.Lock)
 
-    def count(self, name: str, amount: float = 1, **labels: str) -> None:
+    def count(self, name: str, amount: float = 1, /, **labels: str) -> None:
         """Add to a counter.
 
         Raises:
@@ -74,7 +74,7 @@ class Metrics:
             self._check(name, "counter")
             self._values[key] = self._values.get(key, 0) + amount
 
-    def gauge(self, name: str, value: float, **labels: str) -> None:
+    def gauge(self, name: str, value: float, /, **labels: str) -> None:
         """Set a gauge.
 
         Raises:

@@ -130,8 +130,10 @@ class Telemetry:
         self._works: list[_Work] = []
         self._failure_told = self._complained = False
 
-    def event(self, kind: str, **fields: Any) -> None:
+    def event(self, kind: str, /, **fields: Any) -> None:
         """Append an event to the log; where that cannot be done, the run goes on, and people hear of it once."""
+        if self._log is None and self._lines is None:
+            return
         line = {
             "time": round(time.time(), 3),
             "event": kind,
@@ -157,11 +159,11 @@ class Telemetry:
         self._show(text)
         self.event("note", text=text)
 
-    def count(self, name: str, amount: float = 1, **labels: str) -> None:
+    def count(self, name: str, amount: float = 1, /, **labels: str) -> None:
         """Add to a counter of `metrics`; see `Metrics.count`."""
         self.metrics.count(name, amount, **labels)
 
-    def gauge(self, name: str, value: float, **labels: str) -> None:
+    def gauge(self, name: str, value: float, /, **labels: str) -> None:
         """Set a gauge of `metrics`; see `Metrics.gauge`."""
         self.metrics.gauge(name, value, **labels)
 
