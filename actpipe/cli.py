@@ -189,7 +189,7 @@ def status(
     watch: Annotated[bool, typer.Option("--watch", help="Look again every five seconds until it ends.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line, for machines.")] = False,
 ) -> None:
-    """Say what a run is doing, or how it ended; from any machine that sees its folder or URL. Changes nothing.
+    """Say what a run is doing, or how it ended; from any machine that sees its folder or URL. Disturbs nobody.
 
     Exits with 0 where it is finished or at work, with 3 where it stopped before the end, with 1 where there is no run.
     """

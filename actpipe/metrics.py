@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from actpipe.errors import ActpipeError
@@ -47,9 +47,9 @@ class Sample:
 Source = Callable[[], Iterable[Sample]]
 
 
-def sample_of(name: str, value: float, **labels: str) -> Sample:
-    """Return a number that is known only when somebody asks."""
-    return Sample(name, KNOWN[name][0], _labels(labels), value)
+def sample_of(name: str, value: float, /, **labels: str) -> Sample:
+    """Return a number that is known only when somebody asks; under a name of a stage's own it is a counter."""
+    return Sample(name, KNOWN[name][0] if name in KNOWN else "counter", _labels(labels), value)
 
 
 @dataclass
@@ -61,7 +61,7 @@ class Metrics:
     _sources: list[Source] = field(default_factory=list)
     _changing: threading.Lock = field(default_factory=threading.Lock)
 
-    def count(self, name: str, amount: float = 1, **labels: str) -> None:
+    def count(self, name: str, amount: float = 1, /, **labels: str) -> None:
         """Add to a counter.
 
         Raises:
@@ -74,7 +74,7 @@ class Metrics:
             self._check(name, "counter")
             self._values[key] = self._values.get(key, 0) + amount
 
-    def gauge(self, name: str, value: float, **labels: str) -> None:
+    def gauge(self, name: str, value: float, /, **labels: str) -> None:
         """Set a gauge.
 
         Raises:
@@ -96,7 +96,7 @@ class Metrics:
         return lambda: self._sources.remove(source)
 
     def samples(self) -> list[Sample]:
-        """Return all numbers as they are now; a source in trouble is left out."""
+        """Return all numbers as they are now, equal counters added up; a source in trouble is left out."""
         with self._changing:
             found = [Sample(name, self._kinds[name], labels, value) for (name, labels), value in self._values.items()]
         for source in list(self._sources):
@@ -104,7 +104,13 @@ class Metrics:
                 found += source()
             except (OSError, ActpipeError):
                 continue  # a file system that is away for a moment: the next look tells
-        return found
+        merged: dict[tuple[str, Labels], Sample] = {}
+        for sample in found:
+            key = (sample.name, sample.labels)
+            if sample.kind == "counter" and key in merged:
+                sample = replace(sample, value=merged[key].value + sample.value)
+            merged[key] = sample
+        return list(merged.values())
 
     def _check(self, name: str, kind: Kind) -> None:
         if name not in self._kinds:

@@ -133,7 +133,7 @@ def read_status(run: str | Path) -> RunStatus:
         latest = []
     state, reason, exit_code = _state_of(lock, latest, corpora)
     work = [event for event in latest if event["event"] in ("progress", "stage started", "work finished")]
-    at_hand = work if state != "finished" and work and work[-1]["event"] == "progress" else []
+    at_hand = work if state == "at work" and work and work[-1]["event"] == "progress" else []
     retries = [str(event.get("message", "")) for event in latest if event["event"] == "retry"]
     told = at_hand[-1] if at_hand else {}
     return RunStatus(

@@ -14,6 +14,7 @@ import traceback
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -43,17 +44,11 @@ class Meter:
         title: What the work is.
         total: How many units there are, where that is known.
         unit: What is counted.
-        count: Who adds what is done, and bytes, to metrics.
         note: Who is told of what happens on the way: `(text, kind of event, **fields)`.
     """
 
     def __init__(
-        self,
-        title: str,
-        total: int | None,
-        unit: str,
-        count: Callable[[int, int], None] | None = None,
-        note: Callable[..., None] = lambda *_, **__: None,
+        self, title: str, total: int | None, unit: str, note: Callable[..., None] = lambda *_, **__: None
     ) -> None:
         self.title = title
         self.total = total
@@ -62,7 +57,6 @@ class Meter:
         self.done = 0
         self.n_bytes = 0
         self._started = time.monotonic()
-        self._count = count
         self._advancing = threading.Lock()
         self._watchers: list[Any] = []
 
@@ -71,8 +65,6 @@ class Meter:
         with self._advancing:
             self.done += done
             self.n_bytes += n_bytes
-        if self._count is not None:
-            self._count(done, n_bytes)
         for watcher in self._watchers:
             watcher()
 
@@ -108,6 +100,24 @@ class _RateColumn(ProgressColumn):
         return Text(f"{meter.done:,} {meter.unit} · {meter.rate:,.0f}/s{size}", style="cyan")
 
 
+@dataclass
+class _Work:
+    """A piece of work, at hand or done, and the stage that it belongs to."""
+
+    meter: Meter
+    stage: dict[str, str]
+    is_at_hand: bool = True
+
+    def samples(self) -> Iterator[Sample]:
+        """Yield what it counted so far."""
+        meter = self.meter
+        yield sample_of(counter_of(meter.unit), meter.done, **self.stage)
+        if meter.n_bytes:
+            yield sample_of("bytes", meter.n_bytes, **self.stage)
+        if self.is_at_hand and meter.total:
+            yield sample_of("progress_ratio", meter.done / meter.total, work=meter.title, **self.stage)
+
+
 class Telemetry:
     """Shows progress to people on a console, writes events to a log file, and keeps metrics.
 
@@ -127,11 +137,13 @@ class Telemetry:
         self._names: dict[str, str] = {}
         self._stage: dict[str, str] = {}
         self._began = self._stage_began = time.monotonic()
-        self._meters: list[Meter] = []
+        self._works: list[_Work] = []
         self._failure_told = self._complained = False
 
-    def event(self, kind: str, **fields: Any) -> None:
+    def event(self, kind: str, /, **fields: Any) -> None:
         """Append an event to the log; where that cannot be done, the run goes on, and people hear of it once."""
+        if self._log is None and self._lines is None:
+            return
         line = {
             "time": round(time.time(), 3),
             "event": kind,
@@ -161,11 +173,11 @@ class Telemetry:
         self._show(text)
         self.event(kind, text=text, **fields)
 
-    def count(self, name: str, amount: float = 1, **labels: str) -> None:
+    def count(self, name: str, amount: float = 1, /, **labels: str) -> None:
         """Add to a counter of `metrics`; see `Metrics.count`."""
         self.metrics.count(name, amount, **labels)
 
-    def gauge(self, name: str, value: float, **labels: str) -> None:
+    def gauge(self, name: str, value: float, /, **labels: str) -> None:
         """Set a gauge of `metrics`; see `Metrics.gauge`."""
         self.metrics.gauge(name, value, **labels)
 
@@ -227,6 +239,7 @@ class Telemetry:
         """Log and measure one stage; an error leaves its name on the lines that follow."""
         self._stage, self._stage_began = {"stage": name, "corpus": corpus}, time.monotonic()
         self.event("stage started")
+        self._keep_if_possible()
         yield
         seconds = time.monotonic() - self._stage_began
         self.gauge("stage_seconds", seconds, **self._stage)
@@ -236,13 +249,14 @@ class Telemetry:
     @contextmanager
     def progress(self, title: str, total: int | None, unit: str) -> Iterator[Meter]:
         """Show the progress of one piece of work; log it every `REPORT_SECONDS`, and its end."""
-        meter = Meter(title, total, unit, self._counting(unit), self.note)
-        self._meters.append(meter)
+        meter = Meter(title, total, unit, self.note)
+        work = _Work(meter, dict(self._stage))
+        self._works.append(work)
         try:
             with self._shown(meter), self._reported(meter):
                 yield meter
         finally:
-            self._meters.remove(meter)
+            work.is_at_hand = False
         self.event("work finished", **_state_of(meter))
 
     @property
@@ -257,26 +271,13 @@ class Telemetry:
         with suppress(OSError):  # the place is away: the work itself will tell
             self._keep()
 
-    def _counting(self, unit: str) -> Callable[[int, int], None]:
-        """Return what adds a piece of work to the metrics."""
-        name, labels = counter_of(unit), dict(self._stage)
-
-        def count(done: int, n_bytes: int) -> None:
-            if done > 0:
-                self.count(name, done, **labels)
-            if n_bytes > 0:
-                self.count("bytes", n_bytes, **labels)
-
-        return count
-
     def _live_samples(self) -> Iterator[Sample]:
         """Yield what is known only at the moment."""
         stage = dict(self._stage)
         if stage:
             yield sample_of("stage_seconds", time.monotonic() - self._stage_began, **stage)
-        for meter in list(self._meters):
-            if meter.total:
-                yield sample_of("progress_ratio", meter.done / meter.total, work=meter.title, **stage)
+        for work in list(self._works):
+            yield from work.samples()
         n_items, n_bytes = under_way()
         yield sample_of("queue_items", n_items)
         yield sample_of("queue_bytes", n_bytes)

@@ -167,12 +167,12 @@ def look_at_lock(folder: RunFolder) -> LockState | None:
     Disturbs no one: what a kernel's lock would say is asked only where a process of that number is silent for long.
     """
     path = folder.root / ".lock"
-    owner = Owner.of(path)
-    if owner is None:
+    owner, touched = Owner.of(path), _touched(path)
+    if owner is None or touched is None:
         return None
-    age = _age_seconds(path)
-    fresh = 0 <= age < STALE_SECONDS
     running = is_running_here(owner)
+    age = _age_seconds(path) if running is None else time.time() - touched / 1e9
+    fresh = 0 <= age < STALE_SECONDS
     alive = fresh if running is None else running and (fresh or _is_locked(path))
     return LockState(owner, alive, max(0.0, age))
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from actpipe.errors import StorageRefusedError
 from actpipe.stores.layout import RunFolder
 from actpipe.stores.locking import LockState, look_at_lock
 from actpipe.stores.remote import Remote, as_url
@@ -42,19 +44,34 @@ class LocalPlace:
 
     def read(self, name: str) -> bytes | None:
         """Return a file as it is now."""
-        with suppress(FileNotFoundError, NotADirectoryError):
+        with _missing_is_nothing():
             return (self.root / name).read_bytes()
         return None
 
     def children(self, folder: str) -> list[str]:
         """Return the names of what is directly in a folder."""
-        with suppress(FileNotFoundError, NotADirectoryError):
+        with _missing_is_nothing():
             return sorted(path.name for path in (self.root / folder).iterdir())
         return []
 
     def look_at_lock(self) -> LockState | None:
         """Say who is at work there."""
         return look_at_lock(RunFolder(self.root))
+
+
+@contextmanager
+def _missing_is_nothing() -> Iterator[None]:
+    """Let pass what is not there.
+
+    Raises:
+        StorageRefusedError: It is there, and may not be read.
+    """
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return
+    except PermissionError as error:
+        raise StorageRefusedError(f"{error.filename} may not be read; ask its owner") from error
 
 
 @dataclass(frozen=True)

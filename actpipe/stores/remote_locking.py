@@ -75,10 +75,11 @@ class RemoteLock:
 
     def look(self) -> LockState | None:
         """Say whose the lock is, without taking it; None where nobody holds it."""
-        owner = self.owner()
-        if owner is None:
+        owner, touched = self.owner(), self._touched()
+        if owner is None or touched is None:
             return None
-        age, running = self._age_seconds(), is_running_here(owner)
+        running = is_running_here(owner)
+        age = self._age_seconds() if running is None else (datetime.now(UTC) - touched).total_seconds()
         return LockState(owner, 0 <= age < STALE_SECONDS if running is None else running, max(0.0, age))
 
     def _is_alive(self, other: Owner) -> bool:

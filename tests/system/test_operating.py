@@ -134,7 +134,7 @@ def test_metrics_are_served_on_loopback_while_it_works_and_stderr_is_json(recipe
 
 def test_a_run_that_failed_says_why_and_one_that_finished_says_so(corpus, tmp_path):
     broken = tmp_path / "broken.jsonl"
-    broken.write_text(corpus.read_text() + "{not json\n")
+    broken.write_text(corpus.read_text() * 1000 + "{not json\n")
     with pytest.raises(DatasetError):
         run(make_recipe(broken), tmp_path / "run")
     failed = read_status(tmp_path / "run")
@@ -142,7 +142,7 @@ def test_a_run_that_failed_says_why_and_one_that_finished_says_so(corpus, tmp_pa
 
     assert (failed.state, failed.exit_code, failed.exit_code_of_run) == ("failed", 3, 1)
     assert "DatasetError: " in failed.reason
-    assert "line 7" in failed.reason
+    assert "line 6001" in failed.reason
     assert "mend what it says" in describe_status(failed)[0].note
     assert (read_status(tmp_path / "other").state, read_status(tmp_path / "other").exit_code) == ("finished", 0)
     with pytest.raises(IncompleteStoreError, match=r"no run at .*/ran; did you mean '.*/run'"):

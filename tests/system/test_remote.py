@@ -20,7 +20,7 @@ from support import TEXTS, all_bytes, make_recipe, run
 
 import actpipe
 from actpipe.describing import verify_run
-from actpipe.errors import IncompleteStoreError, StorageError, StoreMismatchError
+from actpipe.errors import IncompleteStoreError, RunInUseError, StorageError, StoreMismatchError
 from actpipe.repairing import repair_run
 from actpipe.status import read_status
 from actpipe.stores import remote as remote_module
@@ -211,6 +211,26 @@ def test_another_run_at_work_there_is_left_alone(bucket, corpus):
     assert "run/.lock" not in objects(bucket)
 
 
+def test_a_run_that_lost_its_lock_removes_nothing_of_the_new_owners(bucket, corpus, monkeypatch):
+    url, store, put = f"s3://{bucket}/run", S3Store(bucket), Remote.put
+    theirs = {
+        "run/.lock": json.dumps({"host": "elsewhere", "pid": 7, "started": "2026-01-01T00:00:00"}).encode(),
+        "run/results/theirs.json": b"{}",
+    }
+
+    def put_and_lose(remote, *paths):
+        put(remote, *paths)
+        if any(path.name == "part-00000001.json" for path in paths):
+            for name, data in theirs.items():
+                obstore.put(store, name, data)
+
+    monkeypatch.setattr(Remote, "put", put_and_lose)
+    with pytest.raises(RunInUseError, match="taken over by process 7 on elsewhere"):
+        run(make_recipe(corpus), url)
+    found = objects(bucket)
+    assert {name: found.get(name) for name in theirs} == theirs
+
+
 def test_other_peoples_files_are_left_alone(bucket, corpus):
     obstore.put(S3Store(bucket), "run/thesis.tex", b"chapter 1")
     with pytest.raises(StoreMismatchError, match=r"holds other files and no run, such as thesis\.tex"):
@@ -297,6 +317,8 @@ def test_a_web_server_is_read_and_not_written(corpus, tmp_path, monkeypatch):
         np.testing.assert_array_equal(store[HOOK].compute(), local[HOOK].compute())
         with pytest.raises(StorageError, match="read only"):
             run(make_recipe(corpus), url)
+        with pytest.raises(StorageError, match="does not say what it holds"):
+            read_status(url)
         server.shutdown()
 
 

@@ -12,15 +12,20 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from ruamel.yaml import YAML
 from support import INDUCTION, SPEECHES, all_bytes, make_recipe, run
 
 from actpipe import open_store
 from actpipe.describing import clean_run
-from actpipe.errors import IncompleteStoreError, StoreMismatchError
+from actpipe.errors import IncompleteStoreError, RunInUseError, StoreMismatchError
+from actpipe.interrupting import INTERRUPTION
+from actpipe.running import prepare, run_after
+from actpipe.stores import locking
 from actpipe.stores.layout import RunFolder
 from actpipe.stores.locking import Owner, only_run_in
 from actpipe.stores.verifying import Remedy, find_problems
+from actpipe.telemetry import Telemetry
 
 KILLS = 3
 
@@ -232,3 +237,23 @@ def test_a_second_run_in_the_same_folder_is_refused_while_the_first_is_at_work(c
         pytest.raises(StoreMismatchError, match=f"in use by process {os.getpid()}"),
     ):
         run(make_recipe(corpus), tmp_path / "run")
+
+
+def test_a_run_that_lost_its_lock_ends_and_clears_nothing_of_the_new_owners(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(locking, "BEAT_SECONDS", 0.001)
+    out = tmp_path / "run"
+    theirs = out / ".partial" / "part-00000001-0123456789ab" / "chunk"
+
+    def lose_the_lock(_):
+        (out / ".lock").write_text(json.dumps({"host": "elsewhere", "pid": 7, "started": "2026-01-01T00:00:00"}))
+        theirs.parent.mkdir(parents=True)
+        theirs.write_text("half a part")
+        while INTERRUPTION.reason is None:
+            pass
+
+    stages, context = prepare(make_recipe(corpus), out, (), Telemetry(Console(quiet=True)))
+    with pytest.raises(RunInUseError, match="taken over by process 7 on elsewhere"):
+        run_after(lose_the_lock, stages, context)
+    assert theirs.read_text() == "half a part"
+    assert Owner.of(out / ".lock").host == "elsewhere"
+    assert n_commits(out) == 0

@@ -58,7 +58,7 @@ def test_every_line_says_where_and_of_which_attempt(tmp_path):
         telemetry.say("hello")
         with telemetry.stage("extract_activations", "main"), telemetry.progress("extract main", 10, "tokens") as meter:
             meter.advance(10, 40)
-        telemetry.event("retry", part=7, message="worker lost")
+        telemetry.event("retry", kind="worker lost", part=7)
 
     found = events(tmp_path / "log.jsonl")
     assert [event["event"] for event in found] == [

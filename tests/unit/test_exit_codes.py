@@ -7,8 +7,10 @@ import os
 
 import pytest
 from actpipe.schemas.recipe import DatasetConfig
+from typer.testing import CliRunner
 
 from actpipe import errors
+from actpipe.cli import app
 from actpipe.errors import ActpipeError, DatasetError, ModelLoadError, StorageError, exit_code_of
 from actpipe.models.loading import ModelSource, load_config
 from actpipe.stores.layout import RunFolder, disk_trouble_explained
@@ -94,3 +96,15 @@ def test_a_model_or_dataset_that_is_not_there_is_not_tried_again(tmp_path):
     with pytest.raises(DatasetError) as dataset:
         open_source(DatasetConfig(path=str(tmp_path / "nothing.jsonl")), tmp_path)
     assert exit_code_of(model.value) == exit_code_of(dataset.value) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["run", "recipe.yaml", "--log-format", "yaml"], 2),
+        (["run", "recipe.yaml", "--metrics-port", "70000"], 2),
+        (["status"], 2),
+    ],
+)
+def test_wrong_usage_is_2(arguments, code):
+    assert CliRunner().invoke(app, arguments).exit_code == code

@@ -114,7 +114,26 @@ def test_counting_from_several_threads_loses_nothing():
             thread.join()
 
     assert (meter.done, meter.n_bytes) == (20_000, 40_000)
-    assert (telemetry.metrics.total("tokens"), telemetry.metrics.total("bytes")) == (20_000, 40_000)
+    found = {sample.name: sample.value for sample in telemetry.metrics.samples()}
+    assert (found["tokens"], found["bytes"]) == (20_000, 40_000)
+
+
+def test_what_several_pieces_of_work_count_adds_up_and_never_falls():
+    telemetry, seen = Telemetry(Console(quiet=True)), []
+
+    def look():
+        seen.extend(sample.value for sample in telemetry.metrics.samples() if sample.name == "tokens")
+
+    with telemetry.stage("extract_activations", "main"):
+        for amount in (5, 0, 7):
+            with telemetry.progress("extract main", 10, "tokens") as meter:
+                look()
+                meter.advance(amount)
+                look()
+            look()
+    telemetry.count("tokens", 100, stage="extract_activations", corpus="main")
+    look()
+    assert seen == [0, 5, 5, 5, 5, 5, 5, 12, 12, 112]
 
 
 def test_a_source_in_trouble_leaves_the_rest_as_it_is():
