@@ -33,6 +33,7 @@ CODES = {
     "MetricsError": 1,
     "ClusterError": 75,
     "DtypeOverflowError": 1,
+    "DeviceMemoryError": 1,
 }
 
 
