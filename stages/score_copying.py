@@ -7,16 +7,18 @@ from typing import ClassVar
 
 import numpy as np
 import pandas as pd
+import xarray as xr
 from actpipe.schemas.head_analyses import ScoreCopyingConfig
 
 from actpipe.analysis import require_every_token, require_hooks, require_sum, result_name, run_analysis
+from actpipe.compute.copying import MEASURES
 from actpipe.errors import RecipeError
 from actpipe.jobs.attribution import SCALE
 from actpipe.jobs.copying import copying_arrays, score_store_copying
 from actpipe.records import Finding
 from actpipe.stage import RunContext
 from actpipe.stores.reading import ActivationStore
-from actpipe.stores.results import Result, ResultWriter
+from actpipe.stores.results import Result, ResultWriter, labels
 from actpipe.telemetry import Meter
 from actpipe.unembedding import copying_weights
 
@@ -62,13 +64,26 @@ class ScoreCopying:
             block_bytes=self.config.block_bytes,
             done=meter.advance,
         )
-        tables = []
-        for layer, block in enumerate(store.shape.blocks):
-            means = found[layer].means if found else np.full((block.n_heads, 2), np.nan)
-            table = pd.DataFrame({"layer": layer, "head": np.arange(len(means))})
-            tables.append(table.assign(raised=means[:, 0], standardized=means[:, 1]))
-        table = pd.concat(tables).sort_values("standardized", ascending=False, kind="stable", ignore_index=True)
-        return writer.commit(table=table, summary={"n_rows": store.n_rows})
+        blocks = store.shape.blocks
+        scores = np.full((len(MEASURES), len(blocks), max(block.n_heads for block in blocks)), np.nan)
+        for layer, sums in found.items():
+            scores[:, layer, : len(sums.means)] = sums.means.T
+        dataset = xr.Dataset(
+            {"score": (("measure", "layer", "head"), scores)},
+            coords={
+                "measure": labels(list(MEASURES)),
+                "layer": np.arange(scores.shape[1]),
+                "head": np.arange(scores.shape[2]),
+            },
+        )
+        table = pd.concat([_table(layer, scores[:, layer, : block.n_heads]) for layer, block in enumerate(blocks)])
+        table = table.sort_values("standardized", ascending=False, kind="stable", ignore_index=True)
+        return writer.commit(dataset=dataset, table=table, summary={"n_rows": store.n_rows})
+
+
+def _table(layer: int, scores: np.ndarray) -> pd.DataFrame:
+    heads = pd.DataFrame({"layer": layer, "head": np.arange(scores.shape[1])})
+    return heads.assign(**dict(zip(MEASURES, scores, strict=True)))
 
 
 def _describe(result: Result) -> Finding:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float
 
+MEASURES = ("raised", "standardized")
 _ROWS = 4096
 
 
@@ -41,8 +42,8 @@ class CopyingSums:
         )
 
     @property
-    def means(self) -> Float[np.ndarray, "head 2"]:
-        """Return `raised` and `standardized`, weighted by attention; NaN where none counts."""
+    def means(self) -> Float[np.ndarray, "head measure"]:
+        """Return `MEASURES`, weighted by attention; NaN where none counts."""
         with np.errstate(invalid="ignore", divide="ignore"):
             return np.stack([self.raised, self.standardized], -1) / self.attention[:, None]
 
