@@ -102,12 +102,12 @@ def _copying(result: Result) -> Iterator[Plot | Finding]:
     table = result.table
     what = "the logit of the token it attends to is above the vocabulary's mean, by its own output"
     yield Plot(
-        "Copying on the text",
+        "Copying heads",
         f"By how many standard deviations over the vocabulary {what}. {_highest(table, 'standardized')}",
-        heat_map(layer_by_head(table, "standardized"), "standard deviations", diverging=True),
+        heat_map(layer_by_head(table, "standardized"), "SD", diverging=True),
     )
     yield Plot(
-        "Copying on the text, in logits",
+        "Copying heads, in logits",
         f"By how much {what}, in nats. {_highest(table, 'raised')}",
         heat_map(layer_by_head(table, "raised"), "nats", diverging=True),
     )
