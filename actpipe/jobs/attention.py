@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 
@@ -11,12 +10,11 @@ from actpipe.compute.attention import describe_rows
 from actpipe.compute.grouping import GroupSums, sum_by_group
 from actpipe.jobs.blocks import Done, RowBlock, even_blocks, map_and_sum, require_arrays
 from actpipe.jobs.geometry import flat_rows
-from actpipe.jobs.sequences import KeyedSums
 from actpipe.stores.reading import ActivationStore
 
 _POSITION = "tokens/position"
 _ROOM = 6
-"""A row of one layer takes the room of so many copies in float32: as read, its logarithms, and products of both."""
+"""A row takes the room of so many copies in float32: as read, its logarithms, and products of both."""
 
 
 def describe_store_attention(
@@ -27,7 +25,7 @@ def describe_store_attention(
     block_bytes: int,
     done: Done = lambda _: None,
 ) -> Mapping[str, GroupSums]:
-    """Sum `STATISTICS` of the stored attention patterns, over all rows or by query position.
+    """Sum `STATISTICS` of the stored attention patterns, over all rows or by query position, a layer at a time.
 
     Args:
         store: The activations.
@@ -41,18 +39,18 @@ def describe_store_attention(
     """
     require_arrays(store, names, "describe_attention")
 
-    arrays = {name: store.array(name) for name in (*names, _POSITION)}
+    return {
+        name: _describe_one(store, name, by_position=by_position, block_bytes=block_bytes, done=done) for name in names
+    }
 
-    def described(block: RowBlock) -> KeyedSums[str, GroupSums]:
+
+def _describe_one(store: ActivationStore, name: str, *, by_position: bool, block_bytes: int, done: Done) -> GroupSums:
+    shape = store.array(name).manifest.row_shape
+
+    def described(block: RowBlock) -> GroupSums:
         position = block.read_integers(_POSITION)
-        group = position if by_position else np.zeros_like(position)
+        attention = flat_rows(block, name).reshape(block.n_rows, *shape)
+        statistics = describe_rows(attention, position).reshape(block.n_rows, -1)
+        return sum_by_group(statistics, position if by_position else np.zeros_like(position))
 
-        def summed(name: str) -> GroupSums:
-            attention = flat_rows(block, name).reshape(block.n_rows, *arrays[name].manifest.row_shape)
-            return sum_by_group(describe_rows(attention, position).reshape(block.n_rows, -1), group)
-
-        return KeyedSums({name: summed(name) for name in names})
-
-    widest = max(names, key=lambda name: int(np.prod(arrays[name].manifest.row_shape)))
-    blocks = even_blocks(store, [widest] * _ROOM, block_bytes)
-    return map_and_sum(described, [replace(block, arrays=arrays) for block in blocks], done).by
+    return map_and_sum(described, even_blocks(store, [*[name] * _ROOM, _POSITION], block_bytes), done, fan_in=2)

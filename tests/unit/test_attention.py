@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 
 import dask
 import numpy as np
@@ -154,6 +155,23 @@ def test_the_order_of_documents_changes_no_mean(tmp_path):
 
     for one, other in zip(*tables, strict=True):
         np.testing.assert_allclose(one, other.reindex(one.index), rtol=1e-4, atol=1e-5)
+
+
+def test_memory_is_that_of_blocks_whatever_the_corpus(tmp_path):
+    peaks = []
+    for n_documents in (100, 800):
+        out = tmp_path / str(n_documents)
+        run(synthetic_recipe(n_documents=n_documents), out)
+        store, names = open_store(out), [f"blocks.{layer}.attn.hook_pattern" for layer in range(2)]
+        n_bytes = sum(path.stat().st_size for path in (out / "store.zarr/activations").rglob("*") if path.is_file())
+        with dask.config.set(scheduler="synchronous"):
+            tracemalloc.start()
+            describe_store_attention(store, names, by_position=True, block_bytes=1_500_000)
+            peaks.append(tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+
+    assert n_bytes > 4 * peaks[1]
+    assert peaks[1] < 1.3 * peaks[0]
 
 
 def test_what_is_no_attention_is_refused(tmp_path):
