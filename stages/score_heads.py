@@ -12,7 +12,7 @@ from actpipe.schemas.head_analyses import ScoreHeadsConfig
 
 from actpipe.analysis import require_decoder, require_every_token, require_hooks, run_analysis
 from actpipe.compute.heads import MEASURES
-from actpipe.compute.patterns import DetectionPattern
+from actpipe.compute.patterns import NAMED_PATTERNS, DetectionPattern
 from actpipe.jobs.heads import HeadScores, score_store_heads
 from actpipe.pattern_choice import check_patterns, choose_patterns, pattern_hashes
 from actpipe.records import Finding
@@ -98,7 +98,14 @@ def _describe(result: Result) -> list[Finding]:
             (f"L{row.layer}H{row.head}", f"{row.matched:.3f}", f"{row.mul:.3f}", f"{row.abs:.3f}")
             for row in table.head(_SHOWN).itertuples()
         )
-        name = str(pattern).replace("_", " ").capitalize()
-        title = f"{name}s: {result.record.corpus}" if name.endswith(" head") else f"{name}: {result.record.corpus}"
-        findings.append(Finding(title, ("head", "matched", "mul", "abs"), rows))
+        findings.append(
+            Finding(f"{_title(str(pattern))}: {result.record.corpus}", ("head", "matched", "mul", "abs"), rows)
+        )
     return findings
+
+
+def _title(pattern: str) -> str:
+    if pattern not in NAMED_PATTERNS:
+        return f"Pattern {pattern}"
+    name = pattern.replace("_", " ").capitalize()
+    return f"{name}s" if name.endswith(" head") else name

@@ -63,7 +63,7 @@ def _highest(table: pd.DataFrame, column: str) -> str:
     """Say which head has the highest score."""
     if table[column].isna().all():
         return "Nothing was measured."
-    best = table.loc[table[column].idxmax()]
+    best = table.nlargest(1, column).iloc[0]
     return f"Highest: L{int(best['layer'])}H{int(best['head'])} with {best[column]:.3f}."
 
 
