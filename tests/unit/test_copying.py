@@ -40,7 +40,8 @@ def witness(store, model, *, exclude_bos, exclude_current_token):
     logits = writes @ unembedding / store["ln_final.hook_scale"].compute().astype(np.float64)
     sums = np.zeros((3, len(labels)))
     for sequence in store.tokens.read_sequences():
-        for query, row in enumerate(range(sequence.first_row, sequence.row_stop)) if len(sequence.ids) > 1 else ():
+        rows = range(sequence.first_row, sequence.row_stop) if len(sequence.ids) > 1 else ()
+        for query, row in enumerate(rows, sequence.n_context):
             for number, label in enumerate(labels):
                 layer, head = map(int, str(label)[1:].split("H"))
                 attention = store.rows(f"blocks.{layer}.attn.hook_pattern", [row])[0, head].astype(np.float64)
@@ -78,6 +79,18 @@ def test_what_is_left_out_has_no_weight(corpus, tmp_path, exclude_bos, exclude_c
 
     table = open_results(tmp_path, "score_copying").table.sort_values(["layer", "head"])
     expected = witness(open_store(tmp_path), model, **options)
+    np.testing.assert_allclose(table[["raised", "standardized"]].to_numpy().T, expected, rtol=2e-3, atol=1e-6)
+
+
+def test_of_windows_only_the_stored_queries_count_with_all_their_keys(corpus, tmp_path):
+    recipe = recipe_of(corpus, MODELS / "gpt2")
+    recipe["stages"][0] |= {"context_length": 8, "overflow": "windows", "stride": 5}
+    run(recipe, tmp_path)
+    store, model = open_store(tmp_path), HookedModel.from_pretrained(str(MODELS / "gpt2"), device="cpu")
+
+    assert any(sequence.n_context for sequence in store.tokens.read_sequences())
+    table = open_results(tmp_path, "score_copying").table.sort_values(["layer", "head"])
+    expected = witness(store, model, exclude_bos=False, exclude_current_token=False)
     np.testing.assert_allclose(table[["raised", "standardized"]].to_numpy().T, expected, rtol=2e-3, atol=1e-6)
 
 

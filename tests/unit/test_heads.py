@@ -238,6 +238,29 @@ def test_texts_of_tokens_are_matched_one_by_one(stored, tmp_path):
         assert row["matched"].item() == pytest.approx(np.mean(expected))
 
 
+def test_of_windows_only_the_stored_queries_count_with_all_their_keys(corpus, tmp_path):
+    recipe = make_recipe(corpus, hooks=[PATTERN])
+    recipe["stages"][0] |= {"layout": "documents", "context_length": 20, "overflow": "windows", "stride": 7}
+    recipe["stages"].append({"stage": "score_heads", "patterns": ["previous_token_head", "duplicate_token_head"]})
+    run(recipe, tmp_path / "run")
+    store, table = open_store(tmp_path / "run"), open_results(tmp_path / "run", "score_heads").table
+
+    shares = {"previous_token_head": [], "duplicate_token_head": []}
+    for sequence in store.tokens.read_sequences():
+        for row in range(sequence.first_row, sequence.row_stop):
+            query = row - sequence.first_row + sequence.n_context
+            attention = store.rows("blocks.0.attn.hook_pattern", [row])[0, 1].astype(np.float64)
+            earlier = [key for key in range(query) if sequence.ids[key] == sequence.ids[query]]
+            if query:
+                shares["previous_token_head"].append(attention[query - 1])
+            if earlier:
+                shares["duplicate_token_head"].append(attention[earlier].sum())
+    assert any(sequence.n_context for sequence in store.tokens.read_sequences())
+    for name, expected in shares.items():
+        row = table[(table["pattern"] == name) & (table["layer"] == 0) & (table["head"] == 1)]
+        assert row["matched"].item() == pytest.approx(np.mean(expected), rel=1e-5)
+
+
 def test_another_file_under_the_same_name_is_another_result(stored, tmp_path):
     file = tmp_path / "own.npy"
     found = []
