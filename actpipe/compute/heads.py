@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 
 MEASURES = ("mul", "abs", "matched")
 
@@ -87,7 +87,7 @@ def score_heads(
     pattern for those queries only that have something to attend to.
 
     Args:
-        attention: What each query attends to; the last rows of a sequence where some are missing.
+        attention: What each query attends to, from 0 to 1; the last rows of a sequence where some are missing.
         pattern: Detection pattern of the same queries.
         exclude_bos: Leave out attention to the first position.
         exclude_current_token: Leave out attention of a token to itself.
@@ -97,11 +97,13 @@ def score_heads(
     """
     n_queries, n_keys = pattern.shape
     counted = counted_pairs(n_queries, n_keys, exclude_bos=exclude_bos, exclude_current_token=exclude_current_token)
-    seen = attention * counted[:, None]
     wanted = pattern * counted
-    on_pattern = (seen * wanted[:, None]).sum(-1, dtype=np.float64)
-    total = seen.sum((0, 2), dtype=np.float64)
-    difference = np.abs(seen - wanted[:, None]).sum((0, 2), dtype=np.float64)
+    on_pattern = _shares(attention, wanted)
+    total = _shares(attention, counted).sum(0)
+    if ((wanted == 0) | (wanted == 1)).all():
+        difference = total + wanted.sum(dtype=np.float64) - 2 * on_pattern.sum(0)  # as attention is from 0 to 1
+    else:
+        difference = np.abs(attention * counted[:, None] - wanted[:, None]).sum((0, 2), dtype=np.float64)
     attends = total != 0  # what is not a number must stay one
     mul = np.divide(on_pattern.sum(0), total, out=np.zeros_like(total), where=attends)
     has_match = wanted.any(-1)
@@ -114,3 +116,11 @@ def score_heads(
         matched=on_pattern[has_match].sum(0),
         uniform=float(evenly.sum()),
     )
+
+
+def _shares(
+    attention: Float[np.ndarray, "query_position head key_position"],
+    weights: Shaped[np.ndarray, "query_position key_position"],
+) -> Float[np.ndarray, "query_position head"]:
+    """Sum each query's attention over keys with weights, without a copy of it."""
+    return np.matmul(attention, weights.astype(np.float32)[:, :, None])[..., 0].astype(np.float64)
