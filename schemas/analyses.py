@@ -7,7 +7,12 @@ from typing import Annotated, Literal
 from actpipe.schemas.base import AnalysisConfig, NonEmpty
 from actpipe.schemas.direction_analyses import DescribeResidualConfig, FitDirectionsConfig, TopExamplesConfig
 from actpipe.schemas.eval_analyses import CompareRunsConfig
-from actpipe.schemas.head_analyses import ScoreWeightsConfig
+from actpipe.schemas.head_analyses import (
+    DescribeAttentionConfig,
+    ScoreCopyingConfig,
+    ScoreHeadsConfig,
+    ScoreWeightsConfig,
+)
 from actpipe.schemas.lens_analyses import LogitLensConfig
 from pydantic import Field, PositiveInt
 
@@ -49,27 +54,13 @@ class AttributeLogitsConfig(AnalysisConfig):
     """Keep the attribution of every row, not only the means by component and position."""
 
 
-class ScoreHeadsConfig(AnalysisConfig):
-    """Settings of the stage `score_heads`: how close each head comes to a known pattern."""
-
-    stage: Literal["score_heads"] = "score_heads"
-    patterns: tuple[Literal["previous_token_head", "duplicate_token_head", "induction_head"], ...] = (
-        "previous_token_head",
-        "duplicate_token_head",
-        "induction_head",
-    )
-    """Detection patterns, by TransformerLens' names."""
-    exclude_bos: bool = False
-    """Leave out attention to the first position."""
-    exclude_current_token: bool = False
-    """Leave out attention of a token to itself."""
-
-
 ANALYSES: tuple[type[AnalysisConfig], ...] = (
     SummarizeMetricsConfig,
     DecomposeResidualConfig,
     AttributeLogitsConfig,
     ScoreHeadsConfig,
+    DescribeAttentionConfig,
+    ScoreCopyingConfig,
     LogitLensConfig,
     CompareRunsConfig,
     ScoreWeightsConfig,

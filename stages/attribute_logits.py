@@ -13,7 +13,6 @@ import xarray as xr
 from actpipe.schemas.analyses import AttributeLogitsConfig
 
 from actpipe.analysis import require_every_token, require_hooks, require_sum, run_analysis
-from actpipe.compute.attribution import fold_unembedding
 from actpipe.compute.grouping import GroupSums
 from actpipe.compute.residual import residual_components, residual_hook
 from actpipe.errors import IdentityError, RecipeError
@@ -34,6 +33,7 @@ from actpipe.stage import RunContext
 from actpipe.stores.reading import ActivationStore
 from actpipe.stores.results import Result, ResultWriter, labels
 from actpipe.telemetry import Meter
+from actpipe.unembedding import folded_unembedding
 
 _ROUNDING = {"float32": 1e-3, "float16": 1e-1, "bfloat16": 1.0}
 """How far the sum may be from the model's own logit, by element type on disk."""
@@ -168,14 +168,7 @@ def _weights(model: HookedModel, *, heads: bool) -> AttributionWeights:
     def array(tensor: torch.Tensor) -> np.ndarray:
         return tensor.float().cpu().numpy()
 
-    norm = model.shape.norm
-    folded = fold_unembedding(
-        W_U=array(weights.W_U),
-        b_U=array(weights.b_U),
-        norm_weight=array(weights["ln_final.w"]),
-        norm_bias=array(weights["ln_final.b"]) if norm == "LN" else None,
-        norm=norm,
-    )
+    folded = folded_unembedding(model)
     return AttributionWeights(folded, array(weights.W_O) if heads else None, array(weights.b_O) if heads else None)
 
 

@@ -8,8 +8,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 from support import TEXTS
+
+hypothesis.settings.register_profile("actpipe", deadline=None)  # no assertion on time
+hypothesis.settings.load_profile("actpipe")
 
 
 @pytest.fixture(scope="session", autouse=True)

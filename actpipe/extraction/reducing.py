@@ -26,7 +26,8 @@ from actpipe.compute.accumulators import (
     State,
     TopRows,
 )
-from actpipe.compute.heads import PATTERNS, HeadScoreSums, detection_pattern, score_heads
+from actpipe.compute.heads import HeadScoreSums, score_heads
+from actpipe.compute.patterns import TRANSFORMERLENS_PATTERNS
 from actpipe.errors import DtypeOverflowError, RecipeError
 from actpipe.extraction.batch_size import batch_tokens_of
 from actpipe.extraction.deriving import Derivation, captured_hooks
@@ -301,9 +302,9 @@ class ReducingWorker:
             start += count
             if len(ids) < 2:
                 continue
-            for pattern in PATTERNS:
-                scored = score_heads(seen, detection_pattern(pattern, ids)[piece.positions])
-                sums[pattern] = sums[pattern] + scored if pattern in sums else scored
+            for pattern in TRANSFORMERLENS_PATTERNS:
+                scored = score_heads(seen, pattern.of(ids)[piece.positions])
+                sums[pattern.name] = sums[pattern.name] + scored if pattern.name in sums else scored
         return {
             pattern: {field: torch.as_tensor(value, dtype=torch.float64) for field, value in asdict(scores).items()}
             for pattern, scores in sums.items()
@@ -346,7 +347,10 @@ def merge_all(config: ReduceActivationsConfig, states: Iterable[Mapping[str, Sta
         if statistic in accumulators:
             finished.setdefault(hook, {}).update(accumulators[statistic].finish(state))
         else:
-            sums = {field: values.numpy() for field, values in state.items()}
-            scores = HeadScoreSums(int(sums["n_sequences"]), sums["scores"], float(sums["n_matched"]), sums["matched"])
-            finished.setdefault(hook, {})[f"score_{statistic}"] = scores.means
+            sums: dict[str, Any] = {
+                field: values.numpy() if values.ndim else values.item() for field, values in state.items()
+            }
+            finished.setdefault(hook, {})[f"score_{statistic}"] = HeadScoreSums(
+                **sums | {"n_sequences": int(sums["n_sequences"])}
+            ).means
     return finished

@@ -11,11 +11,8 @@ import xarray as xr
 from markupsafe import Markup, escape
 
 from actpipe.records import Finding
-from actpipe.report.drawing import BLUE, GREEN, GREY, ORANGE, Plot, styled
+from actpipe.report.drawing import BLUE, GREEN, GREY, MOST_LABELLED, ORANGE, Plot, position_lines, styled
 from actpipe.stores.results import Result
-
-_MOST_LABELLED = 14
-"""Largest matrix whose cells have their numbers written in."""
 
 
 def short_name(hook: str) -> str:
@@ -35,7 +32,7 @@ def matrix_map(values: np.ndarray, names: Sequence[str], unit: str, *, diverging
             zmin=-1.0 if diverging else 0.0,
             zmax=1.0,
             colorbar={"title": {"text": unit, "side": "right"}, "thickness": 14},
-            texttemplate="%{z:.2f}" if len(names) <= _MOST_LABELLED else None,
+            texttemplate="%{z:.2f}" if len(names) <= MOST_LABELLED else None,
             hovertemplate="%{y}, %{x}: %{z:.4f}<extra></extra>",
             xgap=1,
             ygap=1,
@@ -97,20 +94,8 @@ def _geometry(result: Result) -> Iterator[Plot | Finding]:
 def _by_position(result: Result, names: Sequence[str]) -> go.Figure:
     data = result.dataset
     there = np.flatnonzero(data["count"].values.any(-1))
-    figure = go.Figure()
-    for number, name in enumerate(names):
-        shade = 0.25 + 0.75 * (number + 1) / len(names)
-        figure.add_scatter(
-            x=data["position"].values[there],
-            y=data["norm"].values[there, number],
-            name=name,
-            mode="lines",
-            line={"color": f"rgba(47,109,181,{shade:.2f})", "width": 2},
-        )
-    figure.update_xaxes(title="position in the sequence")
-    figure.update_yaxes(title="norm", rangemode="tozero")
-    figure.update_layout(showlegend=len(names) <= _MOST_LABELLED)
-    return styled(figure, 340)
+    curves = dict(zip(names, data["norm"].values[there].T, strict=True))
+    return position_lines(data["position"].values[there], curves, "norm")
 
 
 def _examples(result: Result) -> Iterator[Plot | Finding]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,8 @@ _COLORS = {
     "head": BLUE,
 }
 _ROW_HEIGHT = 22
+MOST_LABELLED = 14
+"""Most lines that have a legend, and the largest matrix whose cells have their numbers written in."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,28 @@ def bars(table: pd.DataFrame, value: str, unit: str, error: str | None = None) -
     return styled(figure, 130 + _ROW_HEIGHT * len(table))
 
 
-def heat_map(values: np.ndarray, unit: str, *, diverging: bool) -> go.Figure:
-    """Draw layers downwards and heads across; shares from 0 to 1, other values symmetric about 0."""
+def position_lines(position: np.ndarray, curves: Mapping[str, np.ndarray], unit: str) -> go.Figure:
+    """Draw a line over positions for each of several things in an order, such as layers: the later, the darker."""
+    figure = go.Figure()
+    for number, (name, values) in enumerate(curves.items()):
+        shade = 0.25 + 0.75 * (number + 1) / len(curves)
+        line = {"color": f"rgba(47,109,181,{shade:.2f})", "width": 2}
+        figure.add_scatter(x=position, y=values, name=name, mode="lines", line=line)
+    figure.update_xaxes(title="position in the sequence")
+    figure.update_yaxes(title=unit, rangemode="tozero")
+    figure.update_layout(showlegend=len(curves) <= MOST_LABELLED)
+    return styled(figure, 340)
+
+
+def heat_map(values: np.ndarray, unit: str, *, diverging: bool, shares: bool = True) -> go.Figure:
+    """Draw layers downwards and heads across.
+
+    Args:
+        values: `(layer, head)`, NaN where a layer has fewer heads.
+        unit: What they are.
+        diverging: Whether colours are symmetric about 0; else they start there.
+        shares: Whether colours that start at 0 end at 1, as for shares, or at the largest value.
+    """
     n_layers, n_heads = values.shape
     largest = float(np.nanmax(np.abs(values), initial=1e-9))
     figure = go.Figure(
@@ -73,7 +96,7 @@ def heat_map(values: np.ndarray, unit: str, *, diverging: bool) -> go.Figure:
             colorscale="RdBu" if diverging else "Blues",
             reversescale=diverging,
             zmin=-largest if diverging else 0.0,
-            zmax=largest if diverging else 1.0,
+            zmax=1.0 if shares and not diverging else largest,
             colorbar={"title": {"text": unit, "side": "right"}, "thickness": 14},
             texttemplate="%{z:.2f}" if values.size <= 200 else None,
             hovertemplate="L%{y}H%{x}: %{z:.4f}<extra></extra>",

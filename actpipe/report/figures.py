@@ -87,23 +87,6 @@ def _attribution(result: Result) -> Iterator[Plot]:
         )
 
 
-def _heads(result: Result) -> Iterator[Plot]:
-    wanted = {
-        "previous_token_head": ("Previous-token heads", "the token before"),
-        "duplicate_token_head": ("Duplicate-token heads", "earlier tokens equal to the current one"),
-        "induction_head": ("Induction heads", "tokens that came after earlier ones equal to the current one"),
-    }
-    for pattern, table in result.table.groupby("pattern", sort=False):
-        title, where = wanted[str(pattern)]
-        best = table.iloc[0]
-        yield Plot(
-            title,
-            f"Share of each head's attention on {where}, over queries that have such a key. "
-            f"Highest: L{best['layer']}H{best['head']} with {best['matched']:.3f}.",
-            heat_map(layer_by_head(table, "matched"), "share", diverging=False),
-        )
-
-
 def _reduction(result: Result) -> Iterator[Plot]:
     data = result.dataset
     hooks = [str(name).removesuffix(".variance") for name in data.data_vars if str(name).endswith(".variance")]
@@ -135,12 +118,11 @@ Shown = Plot | Finding
 MAKERS: dict[str, Callable[[Result], Iterator[Shown]]] = {
     "metrics": _metrics,
     "attribution": _attribution,
-    "heads": _heads,
+    **HEAD_MAKERS,
     "residual": _residual,
     "reduction": _reduction,
     **LENS_MAKERS,
     **EVAL_MAKERS,
-    **HEAD_MAKERS,
     **DIRECTION_MAKERS,
 }
 """By kind of result, in the order of the page."""

@@ -1,14 +1,15 @@
-"""Figures of attention heads from weights: scores by layer and head, and who composes with whom."""
+"""Figures of attention heads: scores by layer and head, what attention looks like, and who composes with whom."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
 
 from actpipe.records import Finding
-from actpipe.report.drawing import Plot, heat_map, layer_by_head, styled
+from actpipe.report.drawing import Plot, heat_map, layer_by_head, position_lines, styled
 from actpipe.stores.results import Result
 
 _MOST_PAIRS = 400_000
@@ -23,6 +24,94 @@ _SCORES = {
     "qk_matching": ("Matching by eigenvalues", "The same share for W_E W_Q W_K^T W_E^T: whether like attends to like"),
 }
 _MODES = {"Q": "queries", "K": "keys", "V": "values"}
+
+
+_PATTERNS = {
+    "previous_token_head": ("Previous-token heads", "the token before"),
+    "duplicate_token_head": ("Duplicate-token heads", "earlier tokens equal to the current one"),
+    "induction_head": ("Induction heads", "tokens that came after earlier ones equal to the current one"),
+    "duplicate_stripe": ("Duplicate stripe", "the same token one period before"),
+    "induction_stripe": ("Induction stripe", "the token after the same one, one period before"),
+}
+_STATISTICS = {
+    "entropy": (
+        "Entropy of attention",
+        "Mean entropy of each query's attention, in nats: 0 where it is all on one key",
+    ),
+    "distance": ("Distance of attention", "Mean distance from a query to what it attends to, in tokens"),
+    "first": ("Attention on the first position", "Mean attention on the first position of the model input"),
+    "current": ("Attention on the token itself", "Mean attention of a token on itself"),
+    "largest": ("Largest attention", "Mean of the largest attention of each query on any one key"),
+}
+_UNITS = {"entropy": "nats", "distance": "tokens"}
+_RANKED = 10
+
+
+def _heads(result: Result) -> Iterator[Plot | Finding]:
+    for name, table in result.table.groupby("pattern", sort=False):
+        title, where = _PATTERNS.get(str(name), (f"Pattern {name}", "what the pattern says"))
+        caption = f"Share of each head's attention on {where}, over queries that have such a key."
+        caption += f" {_highest(table, 'matched')}"
+        if "uniform" in table:
+            caption += f" Attention spread evenly over what a query sees has {table['uniform'].iloc[0]:.3f}."
+        yield Plot(title, caption, heat_map(layer_by_head(table, "matched"), "share", diverging=False))
+        if "uniform" in table:
+            yield _ranking(table, title, ("matched", "mul", "abs"))
+
+
+def _highest(table: pd.DataFrame, column: str) -> str:
+    """Say which head has the highest score."""
+    if table[column].isna().all():
+        return "Nothing was measured."
+    best = table.nlargest(1, column).iloc[0]
+    return f"Highest: L{int(best['layer'])}H{int(best['head'])} with {best[column]:.3f}."
+
+
+def _ranking(table: pd.DataFrame, title: str, columns: Sequence[str], *, smallest: bool = False) -> Finding:
+    """Return the heads with the highest score, or the smallest, by the first of some columns."""
+    best = table.nsmallest(_RANKED, columns[0]) if smallest else table.nlargest(_RANKED, columns[0])
+    rows = tuple(
+        (str(rank), f"L{int(row['layer'])}H{int(row['head'])}", *(f"{row[column]:.3f}" for column in columns))
+        for rank, (_, row) in enumerate(best.iterrows(), 1)
+    )
+    note = (
+        f"The first {len(rows)} of {len(table)}; all are in the table of the result." if len(table) > len(rows) else ""
+    )
+    return Finding(f"{title}, ranked", ("", "head", *columns), rows, note)
+
+
+def _attention(result: Result) -> Iterator[Plot | Finding]:
+    table, data = result.table, result.dataset
+    for name, (title, caption) in _STATISTICS.items():
+        unit = _UNITS.get(name, "share")
+        figure = heat_map(layer_by_head(table, name), unit, diverging=False, shares=unit == "share")
+        yield Plot(title, f"{caption}. {_highest(table, name)}", figure)
+    yield _ranking(table, "Most focused heads", tuple(_STATISTICS), smallest=True)
+    if "mean_by_position" not in data:
+        return
+    there = np.flatnonzero(data["count"].values)
+    for name in ("entropy", "first"):
+        values = data["mean_by_position"].sel(statistic=name).values[there]
+        curves = {f"layer {layer}": np.nanmean(values[:, n], -1) for n, layer in enumerate(data["layer"].values)}
+        title, caption = _STATISTICS[name]
+        figure = position_lines(there, curves, _UNITS.get(name, "share"))
+        yield Plot(f"{title} by position", f"{caption}, mean over the heads of a layer.", figure)
+
+
+def _copying(result: Result) -> Iterator[Plot | Finding]:
+    table = result.table
+    what = "the logit of the token it attends to is above the vocabulary's mean, by its own output"
+    yield Plot(
+        "Copying heads",
+        f"By how many standard deviations over the vocabulary {what}. {_highest(table, 'standardized')}",
+        heat_map(layer_by_head(table, "standardized"), "SD", diverging=True),
+    )
+    yield Plot(
+        "Copying heads, in logits",
+        f"By how much {what}, in nats. {_highest(table, 'raised')}",
+        heat_map(layer_by_head(table, "raised"), "nats", diverging=True),
+    )
+    yield _ranking(table, "Copying heads", ("standardized", "raised"))
 
 
 def _weights(result: Result) -> Iterator[Plot | Finding]:
@@ -72,5 +161,10 @@ def _composition(values: np.ndarray, reads: str) -> Plot:
     return Plot(f"Composition through {reads}", caption, styled(figure, height))
 
 
-HEAD_MAKERS: dict[str, Callable[[Result], Iterator[Plot | Finding]]] = {"weights": _weights}
+HEAD_MAKERS: dict[str, Callable[[Result], Iterator[Plot | Finding]]] = {
+    "heads": _heads,
+    "attention": _attention,
+    "copying": _copying,
+    "weights": _weights,
+}
 """By kind of result."""

@@ -8,12 +8,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from support import MODELS, SPEECHES, make_recipe, run
+from support import MODELS, make_recipe, run
 
 from actpipe import HookedModel, decompose_resid, open_results, open_store
 from actpipe.compute.attribution import next_tokens
 from actpipe.compute.grouping import sum_by_group
-from actpipe.compute.heads import PATTERNS, HeadScoreSums, detection_pattern, score_heads
+from actpipe.compute.heads import HeadScoreSums, score_heads
+from actpipe.compute.patterns import PREVIOUS_TOKEN, TRANSFORMERLENS_PATTERNS
 from actpipe.errors import ActpipeError, IdentityError, IncompleteStoreError
 from actpipe.jobs.attribution import AttributionSums
 from actpipe.jobs.heads import score_store_heads
@@ -200,33 +201,36 @@ def reference_score(attention, pattern, *, exclude_bos, exclude_current_token, m
 
 @pytest.mark.parametrize("exclude_bos", [False, True])
 @pytest.mark.parametrize("exclude_current_token", [False, True])
-@pytest.mark.parametrize("name", PATTERNS)
-def test_head_scores_are_transformerlens_averaged_over_sequences(analysed, name, exclude_bos, exclude_current_token):
+@pytest.mark.parametrize("pattern", TRANSFORMERLENS_PATTERNS, ids=lambda pattern: pattern.name)
+def test_head_scores_are_transformerlens_averaged_over_sequences(analysed, pattern, exclude_bos, exclude_current_token):
     folder, model = analysed
     store = open_store(folder)
     options = {"exclude_bos": exclude_bos, "exclude_current_token": exclude_current_token}
-    scores, n_sequences = score_store_heads(store, (name,), (0, 1), block_bytes=30_000, **options)
+    found = score_store_heads(store, (pattern,), (0, 1), block_bytes=30_000, **options)
 
     expected = np.zeros((2, 2, 4))
     sequences = [s for s in store.tokens.read_sequences() if len(s.ids) > 1]
     for sequence in sequences:
-        pattern = detection_pattern(name, sequence.ids)
+        wanted = pattern.of(sequence.ids)
         _, cache = model.run_with_cache(sequence.ids, names=["blocks.*.attn.hook_pattern"])
         for measure_number, measure in enumerate(("mul", "abs")):
             for layer in range(2):
                 for head in range(4):
                     attention = cache[f"blocks.{layer}.attn.hook_pattern"][0, head].numpy()
-                    score = reference_score(attention, pattern, measure=measure, **options)
+                    score = reference_score(attention, wanted, measure=measure, **options)
                     expected[measure_number, layer, head] += score / len(sequences)
-    assert n_sequences == len(sequences)
-    np.testing.assert_allclose(scores[0, 0], expected[0], atol=1e-5)
-    np.testing.assert_allclose(scores[1, 0], expected[1], atol=1e-3 / len(sequences) + 1e-9)
+    assert found.n_sequences == len(sequences)
+    np.testing.assert_allclose(found.scores[0, 0], expected[0], atol=1e-5)
+    np.testing.assert_allclose(found.scores[1, 0], expected[1], atol=1e-3 / len(sequences) + 1e-9)
 
 
 def test_results_do_not_depend_on_the_blocks(analysed):
     store = open_store(analysed[0])
     options = {"exclude_bos": False, "exclude_current_token": False}
-    scores = [score_store_heads(store, PATTERNS, (0, 1), block_bytes=n, **options)[0] for n in (1, 20_000, 10**9)]
+    scores = [
+        score_store_heads(store, TRANSFORMERLENS_PATTERNS, (0, 1), block_bytes=n, **options).scores
+        for n in (1, 20_000, 10**9)
+    ]
     losses = [metrics_by_position(store, ["loss"], block_bytes=n).mean for n in (1, 100, 10**9)]
 
     for other in scores[1:]:
@@ -247,7 +251,7 @@ ids = hnp.arrays(np.int64, st.integers(1, 12), elements=st.integers(0, 4))
 
 @given(ids)
 def test_detection_patterns_are_what_they_say(ids):
-    previous, duplicate, induction = (detection_pattern(name, ids) for name in PATTERNS)
+    previous, duplicate, induction = (pattern.of(ids) for pattern in TRANSFORMERLENS_PATTERNS)
 
     for query in range(len(ids)):
         for key in range(len(ids)):
@@ -256,17 +260,12 @@ def test_detection_patterns_are_what_they_say(ids):
             assert induction[query, key] == (0 < key <= query and ids[key - 1] == ids[query])
 
 
-def test_an_unknown_pattern_is_refused():
-    with pytest.raises(ValueError, match="unknown pattern 'copy_head'"):
-        detection_pattern("copy_head", np.arange(4))
-
-
 @given(st.tuples(ids, ids, ids))
 def test_head_scores_add_up_in_any_grouping(several):
     def sums(ids) -> HeadScoreSums:
         attention = np.tril(np.ones((len(ids), len(ids)), np.float32))
         attention /= attention.sum(-1, keepdims=True)
-        return score_heads(attention[:, None], detection_pattern("previous_token_head", ids))
+        return score_heads(attention[:, None], PREVIOUS_TOKEN.of(ids))
 
     first, second, third = map(sums, several)
     left, right = (first + second) + third, first + (second + third)
@@ -300,35 +299,6 @@ def test_next_tokens_stop_at_the_end_of_each_sequence(lengths, data):
     found = next_tokens(ids[start : stop + 1], sequence[start : stop + 1], stop - start)
     expected = [ids[i + 1] if i + 1 < len(ids) and sequence[i + 1] == sequence[i] else -1 for i in range(start, stop)]
     assert found.tolist() == expected
-
-
-def test_the_trained_model_has_its_induction_head(tmp_path):
-    """L1H0 follows L0H0: 0.77 and 0.995 are the scores published with the model."""
-    recipe = make_recipe(SPEECHES, hooks=["blocks.*.attn.hook_pattern"], rows_per_part="auto", batch_tokens=4096)
-    recipe["stages"][0] = {
-        "stage": "tokenize_text",
-        "synthetic": {"n_documents": 32, "period": 64},
-        "layout": "documents",
-        "context_length": 128,
-        "prepend_bos": False,
-    }
-    recipe["stages"].append({"stage": "score_heads"})
-    run(recipe, tmp_path / "run")
-    table = open_results(tmp_path / "run", "score_heads").table
-
-    best = table.groupby("pattern", sort=False).first()
-    assert tuple(best.loc["previous_token_head", ["layer", "head"]]) == (0, 0)
-    assert best.loc["previous_token_head", "matched"] == pytest.approx(0.995, abs=0.003)
-    assert tuple(best.loc["induction_head", ["layer", "head"]]) == (1, 0)
-    others = table[(table["pattern"] == "induction_head") & (table["matched"] < 0.5)]
-    assert len(others) == 7
-    assert others["matched"].max() < 0.05
-
-    store, stripe = open_store(tmp_path / "run"), []
-    for sequence in store.tokens.read_sequences():
-        attention = store.array("blocks.1.attn.hook_pattern").read(sequence.first_row, sequence.row_stop)
-        stripe.append(np.mean([attention[t, 0, t - 63] for t in range(64, 128)]))
-    assert np.mean(stripe) == pytest.approx(0.772, abs=0.02)
 
 
 def kept_sums(folder, name):

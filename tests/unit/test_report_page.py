@@ -75,6 +75,26 @@ def test_a_thousand_heads_are_one_readable_figure(corpus, tmp_path):
     assert len(heights) == 3
 
 
+def test_heads_are_drawn_and_ranked(corpus, tmp_path):
+    recipe = make_recipe(corpus, hooks=["blocks.*.attn.hook_pattern", "blocks.*.attn.hook_z", "ln_final.hook_scale"])
+    recipe["stages"] += [
+        {"stage": "score_heads", "patterns": ["induction_head", {"name": "two-back", "attend": {"offset": -2}}]},
+        {"stage": "describe_attention", "by_position": True},
+        {"stage": "score_copying"},
+        {"stage": "write_report"},
+    ]
+    run(recipe, tmp_path / "run")
+    page = own_part((tmp_path / "run/report.html").read_text())
+
+    for title in ("Induction heads", "Pattern two-back", "Most focused heads", "Copying heads"):
+        (table,) = re.findall(rf"<caption>{title}, ranked</caption>(.*?)</table>", page, re.DOTALL)
+        assert re.findall(r"<td>(\d+)</td><td>L\d+H\d+</td>", table) == [str(rank) for rank in range(1, 9)]
+    for title in ("Entropy of attention", "Distance of attention", "Attention on the first position by position"):
+        assert f"<h3>{title}</h3>" in page
+    best = open_results(tmp_path / "run", "score_copying").table.iloc[0]
+    assert f"Highest: L{best.layer:.0f}H{best['head']:.0f} with {best.standardized:.3f}" in page
+
+
 def test_every_result_of_a_run_opens_by_its_name(corpus, tmp_path):
     recipe = make_recipe(corpus, metrics=["loss"])
     recipe["stages"] += [
