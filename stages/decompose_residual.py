@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import pandas as pd
-from actpipe.schemas.analyses import DecomposeResidualConfig
+from actpipe.schemas.attribution_analyses import DecomposeResidualConfig
 
 from actpipe.analysis import require_hooks, require_sum, run_analysis
 from actpipe.compute.residual import residual_components, residual_hook
