@@ -130,8 +130,12 @@ def attribute_store(
             off = np.zeros_like(total)
         found[~is_known] = np.nan
         keep(block.start, _spread(found, wanted, block.n_rows), tokens)
+        position = block.read_integers(_POSITION)
         return AttributionSums(
-            sum_by_group(*flat_ranks(found, block.read_integers(_POSITION)[wanted][:, None])),
+            sum_by_group(
+                *flat_ranks(found, position[wanted][:, None]),
+                n_groups=(int(position.max()) + 1) * target.n_ranks,  # of all rows, those without a token too
+            ),
             sum_by_range(*flat_ranks(found, groups(block, tokens)[wanted])),
             np.nansum(np.abs(found), 0, dtype=np.float64),
             # a value that is not finite where there is a token must not pass for rounding

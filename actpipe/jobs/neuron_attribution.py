@@ -66,7 +66,7 @@ def sum_neurons(
     """Attribute a logit of each row to every neuron, and sum over rows.
 
     An attribution is a neuron's activation times the product of its output weights with the logit's direction, so that
-    nothing of rows times neurons times d_model is ever formed; one layer of a block is in memory at a time.
+    nothing of rows times neurons times d_model is ever formed; a block's layers are gone through one after another.
 
     Args:
         store: The activations.
@@ -80,7 +80,8 @@ def sum_neurons(
     tokens_of = TokensOfRows(store, target, weights.unembedding)
     parts = [branch_arrays(shape, layer, "mlp") for layer in range(len(mlps))]
     outs = [f"blocks.{layer}.hook_mlp_out" for layer in range(len(mlps))]
-    require_arrays(store, [SCALE, *outs, *(name for names in parts for name in names)], "attribute_logits")
+    names = [SCALE, *outs, *(name for layer in parts for name in layer)]
+    require_arrays(store, names, "attribute_logits")
 
     def summed(block: RowBlock) -> NeuronSums:
         tokens, minus = tokens_of(block), tokens_of.minus(block)
@@ -103,6 +104,5 @@ def sum_neurons(
         return NeuronSums(np.array(count, np.int64), total, squares, modulus, float(np.max(off)))
 
     more = _ROOM * max(branch.W.shape[0] for branch in mlps) + 16 * shape.d_model * target.n_ranks
-    names = [SCALE, *tokens_of.arrays, "tokens/input_ids"]
-    blocks = even_blocks(store, names * 2, block_bytes, more_row_bytes=more + tokens_of.row_bytes)
+    blocks = even_blocks(store, [*names, *tokens_of.arrays], block_bytes, more_row_bytes=more + tokens_of.row_bytes)
     return map_and_sum(summed, blocks, done, fan_in=2)
