@@ -156,17 +156,18 @@ def _keeper(writer: ResultWriter, store: ActivationStore, n_columns: int, n_rank
 
 def _describe(result: Result) -> Iterator[Finding]:
     table, summary = result.table, result.record.summary
-    corpus, whose = result.record.corpus, summary["logit"]
+    whose = summary["logit"]
+    where = ", ".join(dict.fromkeys((result.record.corpus, result.record.name)))
     if "rank" in table:
         table = table[table["rank"] == 0]
         whose = f"{whose}, the first of them"
     components = table[~table["kind"].isin(["head", "attn_bias", "neuron", "other_neurons", "mlp_bias"])]
     error = summary.get("worst_sum_error")
     note = "" if error is None else f"sum off from the model's own logit by at most {error:.1e}"
-    yield Finding(f"Logit of {whose}, by component: {corpus}", *_lines(components), note)
+    yield Finding(f"Logit of {whose}, by component: {where}", *_lines(components), note)
     neurons = table[table["kind"] == "neuron"].sort_values("mean_modulus", ascending=False, kind="stable")
     if len(neurons):
-        title = f"Logit of {whose}, neurons with the largest mean modulus: {corpus}"
+        title = f"Logit of {whose}, neurons with the largest mean modulus: {where}"
         yield Finding(title, *_lines(neurons.head(_SHOWN)))
 
 

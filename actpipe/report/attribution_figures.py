@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -27,6 +28,11 @@ _GROUPS = {
 
 
 def _attribution(result: Result) -> Iterator[Plot]:
+    for plot in _attributions(result):
+        yield replace(plot, title=f"{plot.title}: {result.record.name}")
+
+
+def _attributions(result: Result) -> Iterator[Plot]:
     table = result.table
     whose = str(result.record.summary.get("logit", "the correct next token"))
     if "rank" in table:
@@ -69,18 +75,14 @@ def _by_part(table: pd.DataFrame, whose: str) -> Iterator[Plot]:
     neurons = table[table["kind"] == "neuron"]
     if len(neurons):
         neurons = neurons.sort_values("mean_modulus", ascending=False, kind="stable")
-        shown = pd.concat([neurons.head(_MOST_SHOWN), table[table["kind"].isin(["other_neurons", "mlp_bias"])]])
+        left = {kind: table.loc[table["kind"] == kind, "mean"].sum() for kind in ("other_neurons", "mlp_bias")}
         yield Plot(
             f"Logit of {whose}, by neuron",
-            f"Direct contribution of the {min(len(neurons), _MOST_SHOWN)} neurons with the largest mean modulus, and "
-            f"of what is left of each MLP{_more(len(neurons))}; mean over all tokens, whiskers are one standard "
-            "deviation over tokens.",
-            bars(shown, "mean", "logit", error="std"),
+            f"Direct contribution of the {min(len(neurons), _MOST_SHOWN)} neurons with the largest mean modulus, mean "
+            f"over all tokens; whiskers are one standard deviation over tokens. All neurons that are not listed add "
+            f"{left['other_neurons']:+.3f}, and biases {left['mlp_bias']:+.3f}.",
+            bars(neurons.head(_MOST_SHOWN), "mean", "logit", error="std"),
         )
-
-
-def _more(n_neurons: int) -> str:
-    return "" if n_neurons <= _MOST_SHOWN else f" beside {n_neurons:,} listed neurons"
 
 
 def _by_group(result: Result, axis: str, whose: str) -> Plot:
@@ -93,7 +95,10 @@ def _by_group(result: Result, axis: str, whose: str) -> Plot:
     order = np.argsort(-count.values, kind="stable")
     order = order[count.values[order] > 0]
     columns = [n for n, name in enumerate(data["component"].values) if kinds[str(name)] not in _PARTS]
-    names = [_cut(str(data[label].values[n]), f"{axis} {data[axis].values[n]}") for n in order[:_MOST_SHOWN]]
+    names = [
+        _cut(str(data[label].values[n]), "''" if axis == "value" else f"{axis} {data[axis].values[n]}")
+        for n in order[:_MOST_SHOWN]
+    ]
     by = result.record.settings.get("by")
     by = by["column"] if isinstance(by, dict) else by
     return Plot(
