@@ -13,12 +13,25 @@ import xarray as xr
 
 from actpipe.compute.grouping import GroupSums
 from actpipe.jobs.attribution import AttributionSums
-from actpipe.jobs.attribution_columns import Column
 from actpipe.jobs.neuron_attribution import NeuronSums
+from actpipe.jobs.residual_sources import Column
 from actpipe.stores.results import labels
 from actpipe.target_choice import Grouping
 
 Wide = npt.NDArray[np.float64]
+
+
+def table_of(columns: Sequence[Column]) -> pd.DataFrame:
+    """Return one line for each column: what it is."""
+    return pd.DataFrame(
+        {
+            "component": [column.label for column in columns],
+            "kind": [column.kind for column in columns],
+            "layer": pd.array([column.layer for column in columns], dtype="Int64"),
+            "head": pd.array([column.head for column in columns], dtype="Int64"),
+            "neuron": pd.array([column.neuron for column in columns], dtype="Int64"),
+        }
+    )
 
 
 @dataclass(frozen=True)
@@ -40,15 +53,7 @@ class AttributionResult:
         """One line for each column; with ranks, for each rank and column."""
         total = self._over_rows
         found = {"mean": total.mean, "std": total.std, "mean_modulus": self._mean_modulus(total)}
-        table = pd.DataFrame(
-            {
-                "component": [column.label for column in self.columns],
-                "kind": [column.kind for column in self.columns],
-                "layer": pd.array([column.layer for column in self.columns], dtype="Int64"),
-                "head": pd.array([column.head for column in self.columns], dtype="Int64"),
-                "neuron": pd.array([column.neuron for column in self.columns], dtype="Int64"),
-            }
-        )
+        table = table_of(self.columns)
         pieces = [table.assign(**{name: value[rank] for name, value in found.items()}) for rank in range(self.n_ranks)]
         if not self.is_ranked:
             return pieces[0]

@@ -16,7 +16,7 @@ from actpipe.errors import IdentityError, IncompleteStoreError
 from actpipe.jobs.attribution import KeepRows, attribute_store, logits_to_compare, needed_arrays
 from actpipe.jobs.attribution_columns import AttributionWeights, Neurons, attribution_columns
 from actpipe.jobs.attribution_targets import Target, TokensOfRows
-from actpipe.jobs.neuron_attribution import NeuronSums, sum_neurons
+from actpipe.jobs.neuron_attribution import NeuronSums, largest_neurons, sum_neurons
 from actpipe.jobs.residual import components_of
 from actpipe.lenses import attribution_weights
 from actpipe.records import Finding
@@ -89,7 +89,7 @@ class AttributeLogits:
         neurons: Neurons = ()
         if config.neurons:
             neuron_sums = sum_neurons(store, weights, target, **options)
-            neurons = neuron_sums.largest(config.neurons, sizes)
+            neurons = largest_neurons(neuron_sums.modulus.sum(0), config.neurons, weights.mlps or ())
         grouping = choose_grouping(config, TokensOfRows(store, target, weights.unembedding), done=meter.advance)
         if grouping is not None:
             options["groups"] = grouping.groups

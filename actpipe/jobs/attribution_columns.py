@@ -21,6 +21,7 @@ from actpipe.compute.residual import Component
 from actpipe.hooks import ModelShape
 from actpipe.jobs.attribution_targets import SCALE, Floats, Numbers
 from actpipe.jobs.blocks import RowBlock
+from actpipe.jobs.residual_sources import Column
 from actpipe.jobs.written import BranchName, branch_arrays
 
 Neurons = Sequence[tuple[int, int]]
@@ -51,18 +52,6 @@ class AttributionWeights:
             directions -= every.directions[others]
             constants -= every.constants[others]
         return directions, constants
-
-
-@dataclass(frozen=True)
-class Column:
-    """One thing that logits are shared out to."""
-
-    label: str
-    kind: str
-    """As of components; `bias`, `head`, `attn_bias`, `neuron`, `other_neurons` or `mlp_bias`."""
-    layer: int | None = None
-    head: int | None = None
-    neuron: int | None = None
 
 
 def attribution_columns(

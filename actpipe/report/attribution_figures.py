@@ -9,8 +9,9 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import xarray as xr
+from markupsafe import escape
 
-from actpipe.report.drawing import Plot, bars, heat_map, layer_by_head, styled
+from actpipe.report.drawing import BLUE, Plot, bars, heat_map, layer_by_head, styled
 from actpipe.stores.results import Result
 
 _PARTS = ("head", "attn_bias", "neuron", "other_neurons", "mlp_bias")
@@ -115,9 +116,9 @@ def _by_group(result: Result, axis: str, whose: str) -> Plot:
 
 
 def _cut(text: str, otherwise: str) -> str:
-    """Return a label that an axis has room for; spaces at its ends are shown."""
+    """Return a label that an axis has room for, escaped; spaces at its ends are shown."""
     shown = text if text == text.strip() and text else repr(text) if text else otherwise
-    return shown if len(shown) <= 24 else f"{shown[:23]}\u2026"
+    return str(escape(shown if len(shown) <= 24 else f"{shown[:23]}\u2026"))
 
 
 def _map(values: np.ndarray, across: Sequence[str], down: Sequence[str], unit: str) -> go.Figure:
@@ -153,18 +154,48 @@ def _map(values: np.ndarray, across: Sequence[str], down: Sequence[str], unit: s
 
 
 def _residual(result: Result) -> Iterator[Plot]:
-    table = result.table
-    yield Plot(
-        "Share of the residual stream by component",
-        "Projection of what each component writes onto the residual stream, as a share of its length; "
-        "the shares add up to 1.",
-        bars(table, "mean_share", "share"),
-    )
-    yield Plot(
-        "Length of what each component writes",
-        "Mean Euclidean norm over all tokens.",
-        bars(table, "mean_norm", "norm"),
-    )
+    table, name = result.table, result.record.name
+    if (table["kind"] == "resid").all():
+        yield from _streams(result)
+        return
+    heads, others = table[table["kind"] == "head"], table[table["kind"] != "head"]
+    whole = "worst_sum_error" in result.record.summary
+    adds_up = "; the shares of all parts add up to 1." if whole else "."
+    measures = {
+        "mean_share": (
+            "Share of the residual stream",
+            f"Projection of what each writes onto the residual stream, as a share of its length{adds_up}",
+            "share",
+        ),
+        "variance_share": (
+            "Share of the residual stream's variance",
+            f"Covariance of what each writes with the residual stream, as a share of its variance{adds_up}",
+            "share",
+        ),
+        "mean_norm": ("Length of what is written", "Mean Euclidean norm over all tokens.", "norm"),
+    }
+    for measure, (title, caption, unit) in measures.items():
+        if measure not in table:
+            continue
+        yield Plot(f"{title} by component: {name}", caption, bars(others, measure, unit))
+        if len(heads):
+            grid = layer_by_head(heads, measure)
+            yield Plot(f"{title} by head: {name}", caption, heat_map(grid, unit, diverging=True))
+
+
+def _streams(result: Result) -> Iterator[Plot]:
+    """Draw the stream at each layer."""
+    last = f"the last of them, {result.record.summary['stream']}"
+    for measure, title, caption, unit in (
+        ("mean_norm", "Length of the residual stream", "Mean Euclidean norm over all tokens.", "norm"),
+        ("mean_cosine", "Cosine with the last residual stream", f"Mean cosine with {last}, over all tokens.", "cosine"),
+    ):
+        figure = go.Figure(
+            go.Scatter(x=result.table["component"], y=result.table[measure], mode="lines+markers", line={"color": BLUE})
+        )
+        figure.update_xaxes(title="residual stream", type="category")
+        figure.update_yaxes(title=unit, rangemode="tozero")
+        yield Plot(f"{title} by layer: {result.record.name}", caption, styled(figure, 320))
 
 
 ATTRIBUTION_MAKERS: dict[str, Callable[[Result], Iterator[Plot]]] = {

@@ -17,7 +17,7 @@ from actpipe.compute.attribution import FoldedUnembedding, most_probable
 from actpipe.errors import DatasetError, IdentityError, RecipeError
 from actpipe.jobs.attribution import AttributionWeights, attribute_store
 from actpipe.jobs.attribution_targets import Target, TokensOfRows, by_tokens, count_tokens, most_frequent
-from actpipe.jobs.neuron_attribution import sum_neurons
+from actpipe.jobs.neuron_attribution import largest_neurons, sum_neurons
 from actpipe.lenses import attribution_weights
 
 FAMILIES = ["gpt2", "gemma2"]
@@ -293,7 +293,7 @@ def found_in(store, weights, target, block_bytes):
         block_bytes=block_bytes,
         target=target,
         groups=by_tokens("target", chosen, store.shape.d_vocab),
-        neurons=neurons.largest(3, [len(branch.W) for branch in weights.mlps]),
+        neurons=largest_neurons(neurons.modulus.sum(0), 3, weights.mlps),
     )
     by_group = sums.by_group.over(0, 6 * target.n_ranks)
     return [neurons.total, neurons.modulus, counts, sums.by_position.total, by_group.total, by_group.count]
