@@ -307,7 +307,7 @@ def test_pooled_samples_are_one_of_each_document(labelled, tmp_path, how, block_
     weights = newton((again - mean) / scale, numbers, 2, 0.01)
     file = read_directions(result.files / "blocks.0.hook_resid_post.probe.safetensors", "test")
     np.testing.assert_allclose(file.mean, mean, atol=1e-5)
-    np.testing.assert_allclose(file.W[:, 0], (weights[:-1, 1] - weights[:-1, 0]) / scale, atol=1e-4)
+    np.testing.assert_allclose(file.W[:, 0], (weights[:-1, 1] - weights[:-1, 0]) / scale, rtol=1e-3, atol=1e-3)
     logits = file(rows.astype(np.float32))[:, 0]
     assert line["accuracy"] == pytest.approx(((logits > 0) == wanted).mean())
     assert line["auc"] == pytest.approx(witness_auc(logits, wanted == 1), abs=1e-3)
@@ -319,12 +319,12 @@ def test_pooled_samples_are_one_of_each_document(labelled, tmp_path, how, block_
 @pytest.mark.parametrize("how", ["mean", "last"])
 def test_pooled_directions_do_not_depend_on_the_order_of_documents_or_on_workers(write_jsonl, tmp_path, how):
     kinds = ["sea", "land", "sky"]
-    rows = [{"id": f"d{i}", "text": f"{kinds[i % 3]} {TEXTS[i % 5]}", "kind": kinds[i % 3]} for i in range(30)]
+    rows = [{"id": f"d{i}", "text": f"{kinds[i % 3]} {TEXTS[i % 5]}", "kind": kinds[i % 3]} for i in range(18)]
     tables = []
     for name, ordered, scheduler in (("one", rows, "threads"), ("other", rows[::-1], "synchronous")):
         recipe = make_recipe(write_jsonl(ordered, f"{name}.jsonl"))
         recipe["stages"][0] |= {"layout": "documents", "context_length": 64}
-        recipe["stages"].append({"stage": "fit_directions", **LABELS, "pool": how, "block_bytes": 150_000})
+        recipe["stages"].append({"stage": "fit_directions", **LABELS, "pool": how, "block_bytes": 400_000})
         with dask.config.set(scheduler=scheduler):
             run(recipe, tmp_path / name)
         tables.append(open_results(tmp_path / name, "fit_directions").table)
