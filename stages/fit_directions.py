@@ -131,8 +131,9 @@ def _describe(result: Result) -> Finding:
         )
         for row in result.table.itertuples()
     )
+    where = ", ".join(dict.fromkeys((result.record.corpus, result.record.name)))
     return Finding(
-        f"Probes of {result.record.settings['label']}, held-out documents: {result.record.corpus}",
+        f"Probes of {result.record.settings['label']}, held-out documents: {where}",
         ("activation", "accuracy", "balanced", "largest class", "shuffled", "AUC", "shuffled AUC", "calibration error"),
         rows,
         note=f"{result.record.summary['n_classes']} classes; AUC {result.record.summary['auc']}; directions are in "
