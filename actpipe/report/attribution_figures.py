@@ -93,19 +93,21 @@ def _by_group(result: Result, axis: str, whose: str) -> Plot:
     mean, count = data[f"mean_by_{axis}"], data[f"count_by_{axis}"]
     if "rank" in mean.dims:
         mean, count = mean.isel(rank=0), count.isel(rank=0)
-    order = np.argsort(-count.values, kind="stable")
+    others = data[axis].values == -1 if axis in ("token", "target") else np.zeros(len(count), bool)
+    order = np.lexsort((-count.values, others))
     order = order[count.values[order] > 0]
     columns = [n for n, name in enumerate(data["component"].values) if kinds[str(name)] not in _PARTS]
     names = [
         _cut(str(data[label].values[n]), "''" if axis == "value" else f"{axis} {data[axis].values[n]}")
         for n in order[:_MOST_SHOWN]
     ]
+    which = "those" if len(names) == len(order) else f"the {len(names)} of {len(order):,}"
     by = result.record.settings.get("by")
     by = by["column"] if isinstance(by, dict) else by
     return Plot(
         f"Logit of {whose}, by component, {title.format(by=by)}",
-        f"Mean direct contribution over the tokens of each group: the {len(names)} with most tokens of {len(order):,}, "
-        "the largest first. The cells of a line add up to its mean logit.",
+        f"Mean direct contribution over the tokens of each group, {which} with most tokens first, their number in "
+        "brackets. The cells of a line add up to its mean logit.",
         _map(
             mean.values[order[:_MOST_SHOWN]][:, columns],
             [str(name) for name in data["component"].values[columns]],

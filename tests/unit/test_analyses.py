@@ -16,6 +16,7 @@ from actpipe.compute.grouping import RangeSums, sum_by_group
 from actpipe.compute.heads import PATTERNS, HeadScoreSums, detection_pattern, score_heads
 from actpipe.errors import ActpipeError, IdentityError, IncompleteStoreError
 from actpipe.jobs.attribution import AttributionSums
+from actpipe.jobs.blocks import even_blocks
 from actpipe.jobs.heads import score_store_heads
 from actpipe.jobs.metrics import metrics_by_position
 from actpipe.lenses import attribution_weights
@@ -403,3 +404,15 @@ def test_an_attribution_that_is_not_a_number_stays_one_when_sums_are_put_togethe
 
     assert np.isnan((good + bad).worst)
     assert np.isnan((bad + good).worst)
+
+
+@pytest.mark.parametrize("block_bytes", [1_000, 20_000])
+def test_blocks_have_room_for_every_array_that_is_named_and_for_what_else_a_row_takes(analysed, block_bytes):
+    store = open_store(analysed[0])
+    d_model, name = store.shape.d_model, "blocks.0.hook_resid_post"
+
+    for names, more in (([name], 0), ([name] * 3, 0), ([name], 100)):
+        blocks = even_blocks(store, names, block_bytes, more_row_bytes=more)
+        row_bytes = 4 * d_model * len(names) + more
+        assert max(block.n_rows for block in blocks) == min(store.n_rows, max(1, block_bytes // row_bytes), 32)
+        assert sum(block.n_rows for block in blocks) == store.n_rows
