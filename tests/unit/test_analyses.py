@@ -414,5 +414,5 @@ def test_blocks_have_room_for_every_array_that_is_named_and_for_what_else_a_row_
     for names, more in (([name], 0), ([name] * 3, 0), ([name], 100)):
         blocks = even_blocks(store, names, block_bytes, more_row_bytes=more)
         row_bytes = 4 * d_model * len(names) + more
-        assert max(block.n_rows for block in blocks) == min(store.n_rows, max(1, block_bytes // row_bytes), 32)
+        assert max(block.n_rows for block in blocks) == min(store.n_rows, max(1, block_bytes // row_bytes))
         assert sum(block.n_rows for block in blocks) == store.n_rows
