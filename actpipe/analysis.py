@@ -123,6 +123,19 @@ def require_sum(context: RunContext, config: AnalysisConfig, *, native: bool = F
         )
 
 
+def require_neurons(context: RunContext, config: AnalysisConfig) -> None:
+    """Refuse an analysis of neurons of a model that has experts, or MLPs that nothing can be seen of.
+
+    Raises:
+        RecipeError: Says which analysis and which model.
+    """
+    if not all(block.mlp in ("plain", "gated") for block in context.spec.shape.blocks):
+        raise RecipeError(
+            f"{result_name(config)}: not every layer of this {context.spec.anatomy.family.name} model has an MLP with "
+            "neurons, some have experts or are seen as a whole; leave out `neurons`"
+        )
+
+
 def require_every_token(context: RunContext, config: AnalysisConfig) -> None:
     """Refuse an analysis of neighbouring tokens, or of whole sequences, where only some tokens will be stored.
 

@@ -90,22 +90,24 @@ def direction_files(found: Sequence[Found], of: ClassLabels) -> dict[str, bytes]
 
 def results_table(found: Sequence[Found], of: ClassLabels) -> pd.DataFrame:
     """Return one line for each activation."""
-    n_held_out = of.count_rows(held_out=True)
+    n_held_out = of.count_samples(held_out=True)
     lines = []
     for one in found:
         judged, control = one.judged, one.control
         lines.append(
             {
                 "hook": one.directions.name,
-                "n_train": int(of.count_rows(held_out=False).sum()),
+                "n_train": int(of.count_samples(held_out=False).sum()),
                 "n_validation": int(n_held_out.sum()),
                 "accuracy": judged.probe.accuracy,
+                "balanced_accuracy": judged.probe.balanced_accuracy,
                 "majority": float(n_held_out.max() / n_held_out.sum()),
                 "auc": float(judged.odds.auc.mean()),
                 "loss": judged.probe.loss / int(n_held_out.sum()),
                 "calibration_error": judged.probe.error,
                 "mean_difference_auc": float(judged.projections.auc.mean()),
                 "control_accuracy": float("nan") if control is None else control.probe.accuracy,
+                "control_balanced_accuracy": float("nan") if control is None else control.probe.balanced_accuracy,
                 "control_auc": float("nan") if control is None else float(control.odds.auc.mean()),
                 "iterations": one.fit.n_iterations,
                 "slope": one.fit.slope,
@@ -126,8 +128,8 @@ def results_dataset(found: Sequence[Found], of: ClassLabels) -> xr.Dataset:
     arrays: dict[str, tuple[tuple[str, ...], np.ndarray]] = {
         "auc": (("hook", "class"), np.stack([one.judged.odds.auc for one in found])),
         "mean_difference_auc": (("hook", "class"), np.stack([one.judged.projections.auc for one in found])),
-        "n_train": (("class",), of.count_rows(held_out=False)),
-        "n_validation": (("class",), of.count_rows(held_out=True)),
+        "n_train": (("class",), of.count_samples(held_out=False)),
+        "n_validation": (("class",), of.count_samples(held_out=True)),
         "bin_count": (("hook", "bin"), counts.astype(np.int64)),
         "bin_confidence": (("hook", "bin"), sure),
         "bin_accuracy": (("hook", "bin"), right),

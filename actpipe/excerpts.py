@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from actpipe.errors import IncompleteStoreError
 from actpipe.stores.reading import ActivationStore
-from actpipe.text.decoding import token_spans
+from actpipe.stores.results import labels
+from actpipe.text.decoding import decode_ids, token_spans
 
 Numbers = npt.NDArray[np.int64]
 _KEPT_AT_ONCE = 65_536
@@ -52,6 +54,15 @@ def read_excerpts(store: ActivationStore, rows: Numbers, *, before: int, after: 
         window = ids[first : position + after + 1].tolist()
         texts = _cut(store, window, position - first) if has_text else ("", "", "")
         found[row] = Excerpt(row, position, int(ids[position]), *texts, numbers[place])
+    return found
+
+
+def texts_of_ids(store: ActivationStore, ids: Numbers) -> npt.NDArray[Any]:
+    """Return the text of each id alone, in the same shape; empty without a tokenizer."""
+    unique, places = np.unique(ids, return_inverse=True)
+    there = (store.folder.tokenizer / "tokenizer.json").is_file()
+    texts = [decode_ids(store.folder.tokenizer, [token]) if there else "" for token in unique.tolist()]
+    found: npt.NDArray[Any] = labels(texts)[places.reshape(ids.shape)]
     return found
 
 

@@ -127,14 +127,9 @@ ATTRIBUTED += ["blocks.*.attn.hook_z", "ln_final.hook_scale"]
 
 def attribution_weights(folder: Path) -> Any:
     from actpipe import HookedModel
-    from actpipe.compute.attribution import fold_unembedding
-    from actpipe.jobs.attribution import AttributionWeights
+    from actpipe.lenses import attribution_weights
 
-    weights = HookedModel.from_pretrained(str(folder / "model"), dtype="float32", device="cpu").weights
-    names = ("unembed.W_U", "unembed.b_U", "ln_final.w", "ln_final.b")
-    W_U, b_U, gain, bias = (weights[name].detach().float().numpy() for name in names)
-    W_O, b_O = (getattr(weights, name).detach().float().numpy() for name in ("W_O", "b_O"))
-    return AttributionWeights(fold_unembedding(W_U, b_U, gain, bias, "LN"), W_O, b_O)
+    return attribution_weights(HookedModel.from_pretrained(str(folder / "model"), dtype="float32", device="cpu"))
 
 
 def measure_attribution(rounds: int, scratch: Path) -> None:
@@ -154,7 +149,7 @@ def measure_attribution(rounds: int, scratch: Path) -> None:
         for name in store.hook_names
         if name.endswith(("hook_embed", "hook_pos_embed", "_out"))
     ]
-    W_O = [torch.from_numpy(layer.reshape(-1, D_MODEL)).T.contiguous() for layer in weights.W_O]
+    W_O = [torch.from_numpy(layer.W.reshape(-1, D_MODEL)).T.contiguous() for layer in weights.attention]
 
     def contract() -> None:
         for values, matrix in zip(z, W_O, strict=True):

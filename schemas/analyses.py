@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
+from actpipe.schemas.attribution_analyses import AttributeLogitsConfig, DecomposeResidualConfig
 from actpipe.schemas.base import AnalysisConfig, NonEmpty
 from actpipe.schemas.direction_analyses import DescribeResidualConfig, FitDirectionsConfig, TopExamplesConfig
 from actpipe.schemas.eval_analyses import CompareRunsConfig
@@ -14,7 +15,7 @@ from actpipe.schemas.head_analyses import (
     ScoreWeightsConfig,
 )
 from actpipe.schemas.lens_analyses import LogitLensConfig
-from pydantic import Field, PositiveInt
+from pydantic import PositiveInt
 
 
 class SummarizeMetricsConfig(AnalysisConfig):
@@ -27,31 +28,6 @@ class SummarizeMetricsConfig(AnalysisConfig):
     """Columns of documents.parquet to group by too, such as a language or a source."""
     examples: PositiveInt = 10
     """How many of the worst and of the best documents to list, where `by` has `document`."""
-
-
-class DecomposeResidualConfig(AnalysisConfig):
-    """Settings of the stage `decompose_residual`: how much each component writes to the residual stream."""
-
-    stage: Literal["decompose_residual"] = "decompose_residual"
-    layer: Annotated[int, Field(ge=0)] | None = None
-    """Decompose the residual stream entering this layer; by default that leaving the last one."""
-
-
-class AttributeLogitsConfig(AnalysisConfig):
-    """Settings of the stage `attribute_logits`: direct attribution of the correct next token's logit."""
-
-    stage: Literal["attribute_logits"] = "attribute_logits"
-    target: Annotated[int, Field(ge=0)] | NonEmpty = "next"
-    """Whose logit: `next`, the token that comes next; `top`, the one that the model holds most probable; or one token
-    for all rows, by id or by its text (`" the"`), which must be one token."""
-    minus: Annotated[int, Field(ge=0)] | NonEmpty | None = None
-    """Attribute the difference to this token's logit, by id or text, in place of the logit."""
-    by: NonEmpty | None = None
-    """A column of documents.parquet: means for each of its values too."""
-    heads: bool = True
-    """Attribute to every head too; needs `attn.hook_z` of every layer."""
-    keep_rows: bool = False
-    """Keep the attribution of every row, not only the means by component and position."""
 
 
 ANALYSES: tuple[type[AnalysisConfig], ...] = (

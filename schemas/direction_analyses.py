@@ -70,6 +70,11 @@ class FitDirectionsConfig(AnalysisConfig):
     """How many values to take where `classes` does not say."""
     components: NonNegativeInt = 4
     """Principal axes to write down."""
+    pool: Literal["mean", "last"] | None = None
+    """Make one sample of each document, the mean of its tokens or the last of them; by default each token is one."""
+    class_weights: Literal["balanced"] | None = None
+    """`balanced`: in the probe's loss a sample counts by the number of samples over that of its class and of classes,
+    so that all classes count the same; by default all samples count the same."""
     penalty: Annotated[float, Field(gt=0)] = 1e-3
     """Of the probe: half of this times the squares of its weights, for channels of standard deviation 1, is added to
     the mean loss in nats."""
@@ -81,6 +86,9 @@ class FitDirectionsConfig(AnalysisConfig):
     """Fit and judge a second probe on labels that are shuffled among documents: what chance and the documents give."""
     bins: Annotated[int, Field(ge=2)] = 15
     """Bins of confidence in which calibration is judged."""
+    exact_scores: NonNegativeInt = 2**22
+    """AUC is exact where held-out samples times classes are at most so many; of more, scores are counted in bins of
+    1/128. So many scores take 16 bytes each."""
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Share of the documents that no fit sees and on which probes are judged, drawn by a hash of their ids."""
     split_seed: Annotated[int, Field(ge=0)] = 0

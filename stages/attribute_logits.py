@@ -1,194 +1,176 @@
-"""Store -> direct attribution of the correct next token's logit (Dask)."""
+"""Store -> direct attribution of the correct next token's logit, or of others (Dask)."""
 
 from __future__ import annotations
 
-import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-import pandas as pd
-import torch
-import xarray as xr
-from actpipe.schemas.analyses import AttributeLogitsConfig
+from actpipe.schemas.attribution_analyses import AttributeLogitsConfig, FromColumn, TopTokens
 
-from actpipe.analysis import require_every_token, require_hooks, require_sum, run_analysis
-from actpipe.compute.grouping import GroupSums
-from actpipe.compute.residual import residual_components, residual_hook
-from actpipe.errors import IdentityError, RecipeError
-from actpipe.jobs.attribution import (
-    MODEL_LOGIT,
-    AttributionWeights,
-    Target,
-    attribute_store,
-    column_labels,
-    needed_arrays,
-)
-from actpipe.jobs.groups import by_column
+from actpipe.analysis import require_every_token, require_hooks, require_neurons, require_sum, run_analysis
+from actpipe.attribution_results import AttributionResult
+from actpipe.compute.residual import residual_components
+from actpipe.errors import IdentityError, IncompleteStoreError
+from actpipe.jobs.attribution import KeepRows, attribute_store, logits_to_compare, needed_arrays
+from actpipe.jobs.attribution_columns import AttributionWeights, Neurons, attribution_columns
+from actpipe.jobs.attribution_targets import Target, TokensOfRows
+from actpipe.jobs.neuron_attribution import NeuronSums, largest_neurons, sum_neurons
 from actpipe.jobs.residual import components_of
-from actpipe.label_choice import require_labels
-from actpipe.models.hooked_model import HookedModel
+from actpipe.lenses import attribution_weights
 from actpipe.records import Finding
 from actpipe.stage import RunContext
 from actpipe.stores.reading import ActivationStore
-from actpipe.stores.results import Result, ResultWriter, labels
+from actpipe.stores.results import Result, ResultWriter
+from actpipe.target_choice import check_targets, choose_grouping, choose_target
 from actpipe.telemetry import Meter
-from actpipe.unembedding import folded_unembedding
 
 _ROUNDING = {"float32": 1e-3, "float16": 1e-1, "bfloat16": 1.0}
 """How far the sum may be from the model's own logit, by element type on disk."""
+_SHOWN = 10
 
 
 @dataclass(frozen=True)
 class AttributeLogits:
-    """Share the correct next token's logit out over components and heads."""
+    """Share a logit of each row out over components, heads and neurons."""
 
     config: AttributeLogitsConfig
     needs: ClassVar[tuple[str, ...]] = ("store",)
     gives: ClassVar[str] = "results"
 
     def check(self, context: RunContext) -> None:
-        """Refuse a store that will lack a component or a head."""
-        require_sum(context, self.config, native=True)
-        require_every_token(context, self.config)
-        if self.config.by is not None:
-            require_labels(context, self.config, [self.config.by], "`by`")
-        n_layers = context.spec.shape.n_layers
-        components = residual_components(context.spec.hook_points, n_layers)
-        target = self._target(context)
-        require_hooks(context, self.config, needed_arrays(components, n_layers, heads=self.config.heads, target=target))
+        """Refuse a store that will lack a component or a head, and tokens or groups that are not there."""
+        config, shape = self.config, context.spec.shape
+        require_sum(context, config, native=True)
+        if config.target == "next":
+            require_every_token(context, config)
+        if config.neurons:
+            require_neurons(context, config)
+        check_targets(context, config)
+        components = residual_components(context.spec.hook_points, shape.n_layers)
+        target = Target("top") if config.target == "top" or isinstance(config.target, TopTokens) else None
+        options: dict[str, Any] = {"heads": config.heads, "neurons": config.neurons > 0, "target": target}
+        require_hooks(context, config, needed_arrays(components, shape, **options))
 
     def run(self, context: RunContext) -> None:
         """Compute the attribution, unless it is there."""
 
         def compute(store: ActivationStore, writer: ResultWriter, meter: Meter) -> Result:
-            weights = _weights(context.model, heads=self.config.heads)
-            return self._compute(store, weights, self._target(context), writer, meter)
+            columns = [one for one in (self.config.target, self.config.minus) if isinstance(one, FromColumn)]
+            target = choose_target(context, self.config, store.documents if columns else None)
+            weights = attribution_weights(context.model, heads=self.config.heads, neurons=self.config.neurons > 0)
+            return self._compute(store, weights, target, writer, meter)
 
         result = run_analysis(context, self.config, "attribution", compute)
-        context.findings.append(_describe(result))
+        context.findings.extend(_describe(result))
 
     def _whose(self) -> str:
         """Return whose logit it is, for people."""
         target, minus = self.config.target, self.config.minus
-        whose = {"next": "the correct next token", "top": "the model's top token"}.get(str(target), f"token {target!r}")
-        return whose if minus is None else f"{whose} minus token {minus!r}"
-
-    def _target(self, context: RunContext) -> Target:
-        """Return whose logit is meant.
-
-        Raises:
-            RecipeError: A text is not one token, or an id is outside the vocabulary.
-        """
-        wanted = self.config.target
-        minus = None if self.config.minus is None else _token_id(context, self.config.minus)
-        if wanted in ("next", "top"):
-            return Target("next" if wanted == "next" else "top", minus)
-        return Target(_token_id(context, wanted), minus)
+        if isinstance(target, TopTokens):
+            whose = f"the model's top {target.top} tokens"
+        elif isinstance(target, FromColumn):
+            whose = f"the token in column {target.column!r}"
+        else:
+            known = {"next": "the correct next token", "top": "the model's top token"}
+            whose = known.get(str(target), f"token {target!r}")
+        if minus is None:
+            return whose
+        return f"{whose} minus {f'that in {minus.column!r}' if isinstance(minus, FromColumn) else f'token {minus!r}'}"
 
     def _compute(
         self, store: ActivationStore, weights: AttributionWeights, target: Target, writer: ResultWriter, meter: Meter
     ) -> Result:
-        shape = store.shape
-        columns = column_labels(components_of(store), shape.n_layers, shape.n_heads, heads=self.config.heads)
-        options: dict[str, Any] = {}
-        values: list[str] = []
-        if self.config.by is not None:
-            options["groups"], values = by_column(store, self.config.by)
-        if self.config.keep_rows:
-            options["keep"] = writer.open_rows(
-                "attribution",
-                (store.n_rows, len(columns)),
-                axes=("row", "component"),
-                chunk_rows=store.manifest.rows_per_part,
+        config = self.config
+        options: dict[str, Any] = {"block_bytes": config.block_bytes, "done": meter.advance}
+        sizes = [len(branch.W) for branch in weights.mlps or ()]
+        neuron_sums: NeuronSums | None = None
+        neurons: Neurons = ()
+        if config.neurons:
+            neuron_sums = sum_neurons(store, weights, target, **options)
+            neurons = largest_neurons(neuron_sums.modulus.sum(0), config.neurons, weights.mlps or ())
+        grouping = choose_grouping(config, TokensOfRows(store, target, weights.unembedding), done=meter.advance)
+        if grouping is not None:
+            options["groups"] = grouping.groups
+        columns = attribution_columns(
+            components_of(store), store.shape, heads=config.heads, neurons=neurons if config.neurons else None
+        )
+        is_ranked = isinstance(config.target, TopTokens)
+        if config.keep_rows:
+            options["keep"] = _keeper(writer, store, len(columns), target.n_ranks if is_ranked else None)
+        sums = attribute_store(store, weights, target=target, neurons=neurons, **options)
+        result = AttributionResult(sums, columns, target.n_ranks, is_ranked, grouping, neuron_sums, sizes)
+        if not result.n_rows:
+            raise IncompleteStoreError(
+                f"attribute_logits: no row of {store.folder.store} has {self._whose()}; choose another `target`, "
+                "`minus` or `rows`"
             )
-        options |= {"target": target, "block_bytes": self.config.block_bytes, "done": meter.advance}
-        sums = attribute_store(store, weights, **options)
+        summary: dict[str, int | float | str] = {"n_rows": result.n_rows, "logit": self._whose()}
+        summary["n_rows_left_out"] = store.n_rows - result.n_rows
         allowed = _ROUNDING[store.array("hook_embed").manifest.dtype]
-        if not sums.worst <= allowed:
-            raise IdentityError(
-                f"the attributions do not add up to the model's logit: off by {sums.worst:.1e} "
-                f"(at most {allowed:.0e} is rounding of what is stored)"
+        if logits_to_compare(store, target) is not None:
+            summary["worst_sum_error"] = _within(
+                sums.worst, allowed, "the attributions do not add up to the model's logit"
             )
-        by_position, total = sums.by_position, sums.by_position.over_all()
-        dataset = xr.Dataset(
-            {
-                "mean_by_position": (("position", "component"), by_position.mean),
-                "count": ("position", by_position.count[:, 0].astype(np.int64)),
-            },
-            coords={"position": np.arange(len(by_position.count)), "component": labels(columns)},
-        )
-        if self.config.by is not None:
-            dataset = dataset.merge(_by_group(sums.by_group, values, columns))
-        table = pd.DataFrame(
-            {
-                "component": columns,
-                "kind": [_split_label(column)[0] for column in columns],
-                "layer": pd.array([_split_label(column)[1] for column in columns], dtype="Int64"),
-                "head": pd.array([_split_label(column)[2] for column in columns], dtype="Int64"),
-                "mean": total.mean[0],
-                "std": total.std[0],
-            }
-        )
-        is_checked = residual_hook(shape.n_layers) in store or (target.is_models and MODEL_LOGIT in store)
-        summary: dict[str, int | float | str] = {"n_rows": int(total.count[0, 0]), "logit": self._whose()}
-        if is_checked:
-            summary["worst_sum_error"] = sums.worst
-        return writer.commit(dataset=dataset, table=table, summary=summary)
+        if config.heads:
+            what = "the heads of a layer do not add up to what its attention adds to the logit"
+            summary["worst_head_error"] = _within(sums.worst_part, allowed, what)
+        if neuron_sums is not None:
+            what = "the neurons of a layer do not add up to what its MLP adds to the logit"
+            summary["worst_neuron_error"] = _within(neuron_sums.worst, allowed, what)
+        return writer.commit(dataset=result.dataset, table=result.table, summary=summary)
 
 
-def _token_id(context: RunContext, token: int | str) -> int:
-    if isinstance(token, str):
-        ids = context.spec.tokenizer(token, add_special_tokens=False)["input_ids"]
-        if len(ids) != 1:
-            raise RecipeError(
-                f"attribute_logits: {token!r} is {len(ids)} tokens ({ids}); name one token, by its text or its id"
-            )
-        return int(ids[0])
-    if token >= context.spec.shape.d_vocab:
-        raise RecipeError(f"attribute_logits: token {token} is outside the vocabulary of {context.spec.shape.d_vocab}")
-    return token
+def _within(error: float, allowed: float, what: str) -> float:
+    """Return an error that rounding explains.
+
+    Raises:
+        IdentityError: It does not.
+    """
+    if not error <= allowed:
+        raise IdentityError(f"{what}: off by {error:.1e} (at most {allowed:.0e} is rounding of what is stored)")
+    return error
 
 
-def _by_group(sums: GroupSums, values: list[str], columns: list[str]) -> xr.Dataset:
-    """Return means by value of a column of documents.parquet; each value is that of a document with rows."""
-    return xr.Dataset(
-        {
-            "mean_by_value": (("value", "component"), sums.mean),
-            "std_by_value": (("value", "component"), sums.std),
-            "count_by_value": ("value", sums.count[:, 0].astype(np.int64)),
-        },
-        coords={"value": labels(values), "component": labels(columns)},
+def _keeper(writer: ResultWriter, store: ActivationStore, n_columns: int, n_ranks: int | None) -> KeepRows:
+    """Return what keeps every row's attributions, and the tokens that they are of."""
+    ranks, rank_axis = ((), ()) if n_ranks is None else ((n_ranks,), ("rank",))
+    chunk_rows = store.manifest.rows_per_part
+    write_rows = writer.open_rows(
+        "attribution",
+        (store.n_rows, *ranks, n_columns),
+        axes=("row", *rank_axis, "component"),
+        chunk_rows=chunk_rows,
+    )
+    write_tokens = writer.open_rows(
+        "token_id", (store.n_rows, *ranks), axes=("row", *rank_axis), chunk_rows=chunk_rows, dtype="int32"
     )
 
+    def keep(start: int, rows: np.ndarray, tokens: np.ndarray) -> None:
+        write_rows(start, rows if ranks else rows[:, 0])
+        write_tokens(start, tokens if ranks else tokens[:, 0])
 
-def _weights(model: HookedModel, *, heads: bool) -> AttributionWeights:
-    weights = model.weights
-
-    def array(tensor: torch.Tensor) -> np.ndarray:
-        return tensor.float().cpu().numpy()
-
-    folded = folded_unembedding(model)
-    return AttributionWeights(folded, array(weights.W_O) if heads else None, array(weights.b_O) if heads else None)
+    return keep
 
 
-def _split_label(label: str) -> tuple[str, int | None, int | None]:
-    """Return the kind, the layer and the head that a column's label names."""
-    if head := re.fullmatch(r"L(\d+)H(\d+)", label):
-        return "head", int(head[1]), int(head[2])
-    if block := re.fullmatch(r"(\d+)_(\w+)", label):
-        return block[2], int(block[1]), None
-    return label, None, None
-
-
-def _describe(result: Result) -> Finding:
-    table = result.table[~result.table["kind"].isin(["head", "attn_bias"])]
-    rows = tuple((str(row.component), f"{row.mean:+.3f}", f"{row.std:.3f}") for row in table.itertuples())
-    error = result.record.summary.get("worst_sum_error")
+def _describe(result: Result) -> Iterator[Finding]:
+    table, summary = result.table, result.record.summary
+    whose = summary["logit"]
+    where = ", ".join(dict.fromkeys((result.record.corpus, result.record.name)))
+    if "rank" in table:
+        table = table[table["rank"] == 0]
+        whose = f"{whose}, the first of them"
+    components = table[~table["kind"].isin(["head", "attn_bias", "neuron", "other_neurons", "mlp_bias"])]
+    error = summary.get("worst_sum_error")
     note = "" if error is None else f"sum off from the model's own logit by at most {error:.1e}"
-    return Finding(
-        f"Logit of {result.record.summary['logit']}, by component: {result.record.corpus}",
-        ("component", "mean", "std"),
-        rows,
-        note,
-    )
+    yield Finding(f"Logit of {whose}, by component: {where}", *_lines(components), note)
+    neurons = table[table["kind"] == "neuron"].sort_values("mean_modulus", ascending=False, kind="stable")
+    if len(neurons):
+        title = f"Logit of {whose}, neurons with the largest mean modulus: {where}"
+        yield Finding(title, *_lines(neurons.head(_SHOWN)))
+
+
+def _lines(table: Any) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
+    rows = tuple((str(row.component), f"{row.mean:+.3f}", f"{row.std:.3f}") for row in table.itertuples())
+    return ("component", "mean", "std"), rows

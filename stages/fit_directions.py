@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from actpipe.schemas.direction_analyses import FitDirectionsConfig
@@ -13,8 +13,9 @@ from actpipe.analysis import run_analysis
 from actpipe.compute.probing import Fit
 from actpipe.direction_results import Found, direction_files, directions_of, results_dataset, results_table
 from actpipe.jobs.blocks import require_arrays
-from actpipe.jobs.directions import Rows, TrainingSums, fit_probe, judge, sum_training
+from actpipe.jobs.directions import TrainingSums, fit_probe, is_exact, judge, sum_training
 from actpipe.jobs.labels import ClassLabels, label_rows
+from actpipe.jobs.samples import PooledRows, Rows
 from actpipe.label_choice import require_labels
 from actpipe.records import Finding
 from actpipe.stage import RunContext
@@ -62,13 +63,14 @@ class FitDirections:
             max_classes=config.max_classes,
             fraction=config.validation_fraction,
             seed=config.split_seed,
+            is_pooled=config.pool is not None,
         )
 
     def _compute(self, choices: Sequence[Choice], store: ActivationStore, writer: ResultWriter, meter: Meter) -> Result:
         names = [choice.name for choice in choices]
         require_arrays(store, names, "fit_directions")
         labels = self._labels(store.documents)
-        found = [self._fit(Rows(store, name, labels, self.config.block_bytes, meter.advance)) for name in names]
+        found = [self._fit(self._samples(store, name, labels, meter)) for name in names]
         table = results_table(found, labels)
         return writer.commit(
             dataset=results_dataset(found, labels),
@@ -77,9 +79,16 @@ class FitDirections:
                 "n_classes": len(labels.classes),
                 "best_hook": str(table["hook"][int(table["accuracy"].argmax())]),
                 "accuracy": float(table["accuracy"].max()),
+                "auc": "exact" if is_exact(labels, self.config.exact_scores) else "scores in bins of 1/128",
             },
             files=direction_files(found, labels),
         )
+
+    def _samples(self, store: ActivationStore, name: str, labels: ClassLabels, meter: Meter) -> Rows:
+        config = self.config
+        if config.pool is None:
+            return Rows(store, name, labels, config.block_bytes, meter.advance)
+        return PooledRows(store, name, labels, config.block_bytes, meter.advance, config.pool)
 
     def _fit(self, rows: Rows) -> Found:
         """Fit everything of one activation, and judge it on the documents that are held out."""
@@ -87,18 +96,24 @@ class FitDirections:
         sums = sum_training(rows)
         fit = self._probe(rows, sums)
         directions = directions_of(rows.name, sums, fit, config.components)
-        judged = judge(rows, sums, fit.weights, directions.differences, config.bins)
+        options = {"n_bins": config.bins, "exact_scores": config.exact_scores}
+        judged = judge(rows, sums, fit.weights, directions.differences, **options)
         control = None
         if config.control:
-            shuffled = Rows(rows.store, rows.name, rows.labels.shuffled(config.split_seed), rows.block_bytes, rows.done)
+            shuffled = replace(rows, labels=rows.labels.shuffled(config.split_seed))
             dealt = self._probe(shuffled, sums)
-            control = judge(shuffled, sums, dealt.weights, directions.differences, config.bins)
+            control = judge(shuffled, sums, dealt.weights, directions.differences, **options)
         return Found(directions, fit, judged, control)
 
     def _probe(self, rows: Rows, sums: TrainingSums) -> Fit:
         config = self.config
         return fit_probe(
-            rows, sums, penalty=config.penalty, tolerance=config.tolerance, max_iterations=config.max_iterations
+            rows,
+            sums,
+            is_balanced=config.class_weights == "balanced",
+            penalty=config.penalty,
+            tolerance=config.tolerance,
+            max_iterations=config.max_iterations,
         )
 
 
@@ -107,6 +122,7 @@ def _describe(result: Result) -> Finding:
         (
             str(row.hook),
             f"{row.accuracy:.3f}",
+            f"{row.balanced_accuracy:.3f}",
             f"{row.majority:.3f}",
             f"{row.control_accuracy:.3f}",
             f"{row.auc:.3f}",
@@ -115,9 +131,11 @@ def _describe(result: Result) -> Finding:
         )
         for row in result.table.itertuples()
     )
+    where = ", ".join(dict.fromkeys((result.record.corpus, result.record.name)))
     return Finding(
-        f"Probes of {result.record.settings['label']}, held-out documents: {result.record.corpus}",
-        ("activation", "accuracy", "largest class", "shuffled", "AUC", "shuffled AUC", "calibration error"),
+        f"Probes of {result.record.settings['label']}, held-out documents: {where}",
+        ("activation", "accuracy", "balanced", "largest class", "shuffled", "AUC", "shuffled AUC", "calibration error"),
         rows,
-        note=f"{result.record.summary['n_classes']} classes; directions are in {result.files.name}",
+        note=f"{result.record.summary['n_classes']} classes; AUC {result.record.summary['auc']}; directions are in "
+        f"{result.files.name}",
     )

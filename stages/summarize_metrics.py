@@ -13,6 +13,7 @@ from actpipe.schemas.analyses import SummarizeMetricsConfig
 from actpipe.analysis import run_analysis
 from actpipe.compute.grouping import GroupSums
 from actpipe.errors import RecipeError
+from actpipe.excerpts import texts_of_ids
 from actpipe.jobs.groups import Groups, by_column, by_document, by_position, by_token
 from actpipe.jobs.metrics import stored_metrics, sum_metrics
 from actpipe.label_choice import require_labels
@@ -59,7 +60,7 @@ class SummarizeMetrics:
             there, names = coords.get(name) or (np.arange(len(by.count)), {})
             if name == "token":
                 there = np.flatnonzero(by.count.any(-1))
-                names = {"token_text": _texts_of(store, there)}
+                names = {"token_text": texts_of_ids(store, there)}
             datasets.append(_as_arrays(name, by, there, names))
         table = self._examples(store, metrics, sums["document"]) if "document" in sums else None
         total = next(iter(sums.values())).over_all()
@@ -119,12 +120,6 @@ def _as_arrays(name: str, by: GroupSums, there: Any, names: dict[str, Any]) -> x
         {f"{prefix}{key}": ((name, "metric"), value[rows]) for key, value in padded.items()},
         coords={name: there} | {key: (name, value) for key, value in names.items()},
     )
-
-
-def _texts_of(store: ActivationStore, ids: Any) -> Any:
-    if not (store.folder.tokenizer / "tokenizer.json").is_file():
-        return labels([""] * len(ids))
-    return labels([decode_ids(store.folder.tokenizer, [token]) for token in ids.tolist()])
 
 
 def _excerpt(store: ActivationStore, document: int) -> str:

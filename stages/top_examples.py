@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 import xarray as xr
 from actpipe.schemas.direction_analyses import TopExamplesConfig
 
 from actpipe.activation_choice import choose_activations
 from actpipe.analysis import run_analysis
-from actpipe.excerpts import Excerpt, read_excerpts
+from actpipe.excerpts import Excerpt, read_excerpts, texts_of_ids
 from actpipe.jobs.blocks import require_arrays
 from actpipe.jobs.units import Measures, Units, measure_units
 from actpipe.records import Finding
@@ -25,7 +24,6 @@ from actpipe.stores.layout import sha256_of
 from actpipe.stores.reading import ActivationStore
 from actpipe.stores.results import Result, ResultWriter, labels
 from actpipe.telemetry import Meter
-from actpipe.text.decoding import decode_ids
 from actpipe.unit_choice import UnitChoice, choose_units, plan_units, refuse_too_many
 
 _SHOWN = 3
@@ -126,19 +124,10 @@ def _by_token(store: ActivationStore, found: Mapping[str, Any]) -> dict[str, Any
     for end in ("high", "low"):
         ids = found[f"{end}_token"].T
         arrays[f"{end}_token"] = (axes, ids)
-        arrays[f"{end}_token_text"] = (axes, _texts_of(store, ids))
+        arrays[f"{end}_token_text"] = (axes, texts_of_ids(store, ids))
         arrays[f"{end}_token_mean"] = (axes, found[f"{end}_mean"].T)
         arrays[f"{end}_token_count"] = (axes, found[f"{end}_count"].T)
     return arrays
-
-
-def _texts_of(store: ActivationStore, ids: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
-    """Return the text of each id alone; empty without a tokenizer."""
-    unique, places = np.unique(ids, return_inverse=True)
-    there = (store.folder.tokenizer / "tokenizer.json").is_file()
-    texts = [decode_ids(store.folder.tokenizer, [token]) if there else "" for token in unique.tolist()]
-    found: npt.NDArray[Any] = labels(texts)[places.reshape(ids.shape)]
-    return found
 
 
 def _table(

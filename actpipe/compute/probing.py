@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Float32, Int
 
 Evaluate = Callable[[Float[np.ndarray, "input class"]], tuple[float, Float[np.ndarray, "input class"]]]
 """From weights to the objective and its gradient."""
@@ -24,12 +24,13 @@ _HALVINGS = 40
 class LossSums:
     """Negative log likelihood of some rows (nats), and its gradient; they add up."""
 
-    n_rows: int
+    weight: float
+    """Sum of the rows' weights; without these, their number."""
     loss: float
     gradient: Float[np.ndarray, "input class"]
 
     def __add__(self, other: LossSums) -> LossSums:
-        return LossSums(self.n_rows + other.n_rows, self.loss + other.loss, self.gradient + other.gradient)
+        return LossSums(self.weight + other.weight, self.loss + other.loss, self.gradient + other.gradient)
 
 
 def log_softmax(logits: Float[np.ndarray, "row class"]) -> Float[np.ndarray, "row class"]:
@@ -46,7 +47,10 @@ def logits_of(
 
 
 def softmax_loss(
-    rows: Float[np.ndarray, "row channel"], number: Int[np.ndarray, " row"], weights: Float[np.ndarray, "input class"]
+    rows: Float[np.ndarray, "row channel"],
+    number: Int[np.ndarray, " row"],
+    weights: Float[np.ndarray, "input class"],
+    class_weights: Float[np.ndarray, " class"] | None = None,
 ) -> LossSums:
     """Sum the loss of a softmax regression over rows.
 
@@ -54,13 +58,25 @@ def softmax_loss(
         rows: Standardized inputs.
         number: The class of each row.
         weights: One line for each channel, and the intercepts last.
+        class_weights: How much a row of each class counts; by default one.
     """
     logs = log_softmax(logits_of(rows, weights))
     these = np.arange(len(rows))
-    loss = -float(logs[these, number].sum())
+    counts = np.ones(len(rows)) if class_weights is None else class_weights[number]
+    loss = -float((counts * logs[these, number]).sum())
     wrong = np.exp(logs)
     wrong[these, number] -= 1.0
-    return LossSums(len(rows), loss, np.concatenate([rows.T @ wrong, wrong.sum(0, keepdims=True)]))
+    wrong *= counts[:, None]
+    return LossSums(float(counts.sum()), loss, np.concatenate([rows.T @ wrong, wrong.sum(0, keepdims=True)]))
+
+
+def balanced_weights(count: Int[np.ndarray, " class"]) -> Float[np.ndarray, " class"]:
+    """Return class weights with which all classes count the same and the sum over rows is their number.
+
+    Source:
+        King and Zeng (2001), "Logistic Regression in Rare Events Data"; scikit-learn's `class_weight="balanced"`.
+    """
+    return count.sum() / (len(count) * count.astype(np.float64))
 
 
 def penalized(
@@ -69,8 +85,8 @@ def penalized(
     """Return the mean loss plus `penalty / 2` times the squares of weights, not of intercepts; and its gradient."""
     free = weights.copy()
     free[-1] = 0.0
-    value = sums.loss / sums.n_rows + penalty / 2 * float((free * free).sum())
-    return value, sums.gradient / sums.n_rows + penalty * free
+    value = sums.loss / sums.weight + penalty / 2 * float((free * free).sum())
+    return value, sums.gradient / sums.weight + penalty * free
 
 
 def bound_of_hessian(correlation: Float[np.ndarray, "channel channel"], penalty: float) -> Precondition:
@@ -184,6 +200,38 @@ class ScoreCounts:
         return np.divide((own * below).sum(-1), pairs, out=np.full(len(pairs), np.nan), where=pairs > 0)
 
 
+@dataclass(frozen=True)
+class ScoreLists:
+    """All scores of rows, in float32; they add up, and take 4 bytes each."""
+
+    scores: Float32[np.ndarray, "row score"]
+    number: Int[np.ndarray, " row"]
+    """Of each row, which score is that of its class."""
+
+    def __add__(self, other: ScoreLists) -> ScoreLists:
+        both = np.concatenate([self.scores, other.scores]), np.concatenate([self.number, other.number])
+        return ScoreLists(*both)
+
+    @property
+    def auc(self) -> Float[np.ndarray, " score"]:
+        """Area under the ROC curve: how often a row of the class has the larger score, ties counting half.
+
+        Scores that are equal in float32 are ties. NaN where either side is empty.
+        """
+        found = np.full(self.scores.shape[1], np.nan)
+        for place, scores in enumerate(self.scores.T):
+            own, others = scores[self.number == place], np.sort(scores[self.number != place])
+            if len(own) and len(others):
+                below = sum(np.searchsorted(others, own, side).sum(dtype=np.int64) for side in ("left", "right"))
+                found[place] = float(below) / 2 / (len(own) * len(others))
+        return found
+
+
+def list_scores(scores: Float[np.ndarray, "row score"], number: Int[np.ndarray, " row"]) -> ScoreLists:
+    """Keep scores as they are, but for rounding to float32."""
+    return ScoreLists(scores.astype(np.float32), number)
+
+
 def count_scores(scores: Float[np.ndarray, "row score"], own: Bool[np.ndarray, "row score"]) -> ScoreCounts:
     """Count scores by bin, those of rows of the class apart; scores out of range are in the outermost bins."""
     n_bins = int(2 * _HALF_RANGE / _STEP)
@@ -213,6 +261,8 @@ class Reliability:
     correct: Float[np.ndarray, " bin"]
     loss: float
     """Sum of negative log likelihoods, in nats."""
+    by_class: Float[np.ndarray, "what class"]
+    """Right predictions of each class, and its rows."""
 
     def __add__(self, other: Reliability) -> Reliability:
         return Reliability(
@@ -220,7 +270,14 @@ class Reliability:
             self.confidence + other.confidence,
             self.correct + other.correct,
             self.loss + other.loss,
+            self.by_class + other.by_class,
         )
+
+    @property
+    def balanced_accuracy(self) -> float:
+        """Mean over classes of the share of right predictions; NaN where a class has no rows."""
+        right, count = self.by_class
+        return float((right / np.where(count > 0, count, np.nan)).mean())
 
     @property
     def accuracy(self) -> float:
@@ -247,4 +304,7 @@ def reliability(logs: Float[np.ndarray, "row class"], number: Int[np.ndarray, " 
         np.bincount(place, values, minlength=n_bins).astype(np.float64)
         for values in (np.ones(len(place)), confidence, right)
     )
-    return Reliability(count, sure, correct, -float(logs[np.arange(len(logs)), number].sum()))
+    n_classes = logs.shape[1]
+    by_class = np.stack([np.bincount(number, values, minlength=n_classes) for values in (right, np.ones(len(right)))])
+    by_class = by_class.astype(np.float64)
+    return Reliability(count, sure, correct, -float(logs[np.arange(len(logs)), number].sum()), by_class)

@@ -4,39 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from actpipe.compute.attribution import FoldedUnembedding, attribute_components, attribute_heads, next_tokens
-from actpipe.compute.grouping import GroupSums, sum_by_group
+from actpipe.compute.grouping import GroupSums, RangeSums, sum_by_group, sum_by_range
 from actpipe.compute.residual import Component, residual_hook
+from actpipe.hooks import ModelShape
+from actpipe.jobs.attribution_columns import (
+    AttributionWeights,
+    Neurons,
+    Sharing,
+    SomeRows,
+    attribution_columns,
+    flat_ranks,
+)
+from actpipe.jobs.attribution_targets import NEXT, SCALE, Floats, GroupsOf, Numbers, Target, TokensOfRows
 from actpipe.jobs.blocks import Done, RowBlock, even_blocks, map_and_sum, require_arrays
-from actpipe.jobs.groups import Groups
 from actpipe.jobs.residual import components_of
+from actpipe.jobs.written import branch_arrays
 from actpipe.stores.reading import ActivationStore
 
-SCALE = "ln_final.hook_scale"
 MODEL_LOGIT = "metrics/correct_logit"
+_POSITION = "tokens/position"
+_ROOM = 48
+"""Bytes that one attribution takes: in float32, and what is summed of it in float64."""
 
-LOGITS_AT_ONCE = 2**23
-"""Most logits computed together to find the largest: 32 MiB of float32."""
-
-Floats = npt.NDArray[np.float32]
-KeepRows = Callable[[int, Floats], None]
-"""Takes the first row of a block and its `(row, column)` attributions."""
-
-
-@dataclass(frozen=True)
-class AttributionWeights:
-    """The weights that attribution needs."""
-
-    unembedding: FoldedUnembedding
-    W_O: Floats | None
-    """`(layer, head, d_head, d_model)`; None leaves heads out."""
-    b_O: Floats | None  # noqa: N815
-    """`(layer, d_model)`."""
+KeepRows = Callable[[int, Floats, Numbers], None]
+"""Takes the first row of a block, its `(row, rank, column)` attributions, and the tokens that they are of."""
 
 
 @dataclass(frozen=True)
@@ -44,48 +39,40 @@ class AttributionSums:
     """Attributions by position and by group, and how far their sums are from the model's own; they add up."""
 
     by_position: GroupSums
-    by_group: GroupSums
+    """The sums of a position's ranks follow one another."""
+    by_group: RangeSums
+    """Those of a group's too."""
+    modulus: npt.NDArray[np.float64]
+    """Sum of absolute values, `(rank, column)`."""
     worst: float
+    """Largest difference of a sum over components from the model's own logit."""
+    worst_part: float = 0.0
+    """Largest difference of a sum over a layer's heads from what its attention adds."""
 
     def __add__(self, other: AttributionSums) -> AttributionSums:
         return AttributionSums(
             self.by_position + other.by_position,
             self.by_group + other.by_group,
+            self.modulus + other.modulus,
             float(np.maximum(self.worst, other.worst)),
+            float(np.maximum(self.worst_part, other.worst_part)),
         )
 
 
-@dataclass(frozen=True)
-class Target:
-    """Whose logit is shared out."""
-
-    token: int | Literal["next", "top"] = "next"
-    """The token that comes next, the one that the model holds most probable, or one id for all rows."""
-    minus: int | None = None
-    """The token whose logit is subtracted."""
-
-    @property
-    def is_models(self) -> bool:
-        """Whether the model's own logit of it may be among the stored metrics."""
-        return self.token == "next" and self.minus is None
-
-
-def column_labels(components: list[Component], n_layers: int, n_heads: int, *, heads: bool) -> list[str]:
-    """Name the columns: components, the constant term, then heads and attention biases, layer by layer."""
-    labels = [*(component.label for component in components), "bias"]
-    if heads:
-        labels += [f"L{layer}H{head}" for layer in range(n_layers) for head in range(n_heads)]
-        labels += [f"{layer}_attn_bias" for layer in range(n_layers)]
-    return labels
-
-
 def needed_arrays(
-    components: list[Component], n_layers: int, *, heads: bool, target: Target | None = None
+    components: list[Component],
+    shape: ModelShape,
+    *,
+    heads: bool,
+    neurons: bool = False,
+    target: Target | None = None,
 ) -> list[str]:
     """Name the arrays that attribution reads, tokens aside."""
-    z = [f"blocks.{layer}.attn.hook_z" for layer in range(n_layers)] if heads else []
-    last = [residual_hook(n_layers)] if target is not None and target.token == "top" else []
-    return [*(component.hook for component in components), SCALE, *z, *last]
+    layers = range(shape.n_layers)
+    parts = [name for layer in layers if heads for name in branch_arrays(shape, layer, "attn")]
+    parts += [name for layer in layers if neurons for name in branch_arrays(shape, layer, "mlp")]
+    last = [residual_hook(shape.n_layers)] if target is not None and target.is_top else []
+    return [*(component.hook for component in components), SCALE, *parts, *last]
 
 
 def attribute_store(
@@ -93,59 +80,86 @@ def attribute_store(
     weights: AttributionWeights,
     *,
     block_bytes: int,
-    target: Target = Target(),
-    groups: Groups = lambda block: np.zeros(block.n_rows, np.int64),
-    keep: KeepRows = lambda _start, _rows: None,
+    target: Target = NEXT,
+    groups: GroupsOf = lambda block, _tokens: np.zeros((block.n_rows, 1), np.int64),
+    neurons: Neurons = (),
+    keep: KeepRows = lambda _start, _rows, _tokens: None,
     done: Done = lambda _: None,
 ) -> AttributionSums:
-    """Attribute the logit of each row's next token to every component, and head by head.
+    """Attribute a logit of each row to every component, head by head, and neuron by neuron.
 
     Args:
         store: The activations.
-        weights: The unembedding with the final norm folded in, and the heads' output weights.
+        weights: The unembedding with the final norm folded in, and the output weights of heads and neurons.
         block_bytes: Memory of one block, in bytes.
         target: Whose logit.
         groups: Gives the number of each row's group; sums by group come beside those by position.
-        keep: Called with every block's rows; NaN where a row has no next token.
+        neurons: Which neurons have columns of their own, where `weights` has those of MLPs.
+        keep: Called with every block's rows; NaN where a row has no token.
         done: Called with 1 after each block.
 
     Returns:
-        Sums by position and group, one column per label of `column_labels`; of the next token's logit, rows without
-        one are left out. `worst` compares their sum with the model's own logit, or, where that is not stored, with
-        what the last residual stream gives; 0 where neither is there.
+        Sums by position and group, one column per `attribution_columns`; rows without a token are left out. `worst`
+        compares their sum with the model's own logit, or, where that is not stored, with what the last residual stream
+        gives; 0 where neither is there.
     """
     shape = store.shape
     components = components_of(store)
-    names = needed_arrays(components, shape.n_layers, heads=weights.W_O is not None, target=target)
+    has_heads, has_neurons = weights.attention is not None, weights.mlps is not None
+    names = needed_arrays(components, shape, heads=has_heads, neurons=has_neurons, target=target)
     require_arrays(store, names, "attribute_logits")
-    store.require_every_token("attribute_logits")
-    last = residual_hook(shape.n_layers)
-    checked = next(([name] for name in (MODEL_LOGIT, last) if name in store and (name == last or target.is_models)), [])
-
-    def own_logit(block: RowBlock, tokens: npt.NDArray[np.int64]) -> Floats:
-        """Return the model's own logit, before any soft cap where the residual stream gives it."""
-        if checked == [MODEL_LOGIT]:
-            return block.read(MODEL_LOGIT)
-        directions, constants = _directions(weights.unembedding, tokens, target.minus)
-        return (block.read(last) * directions).sum(-1) / block.read(SCALE)[:, 0] + constants
+    checked = logits_to_compare(store, target)
+    tokens_of = TokensOfRows(store, target, weights.unembedding)
+    columns = attribution_columns(components, shape, heads=has_heads, neurons=neurons if has_neurons else None)
+    share = Sharing(shape, components, weights, columns)
 
     def attribute(block: RowBlock) -> AttributionSums:
-        ids = block.read_integers("tokens/input_ids", beyond=1)
-        sequence = block.read_integers("tokens/sequence", beyond=1)
-        tokens = _tokens_of(target, block, last, weights.unembedding, next_tokens(ids, sequence, block.n_rows))
-        rows = _attribute_block(block, components, weights, tokens, target.minus)
-        keep(block.start, rows)
-        total = rows[:, : len(components) + 1].sum(-1)
-        if checked == [MODEL_LOGIT]:
-            total = _capped(total, shape.logit_softcap)
-        there = tokens >= 0  # a value that is not finite where there is a token must not pass for rounding
-        worst = float(np.abs(total - own_logit(block, tokens))[there].max(initial=0.0)) if checked else 0.0
-        by_group = sum_by_group(rows, groups(block))
-        return AttributionSums(sum_by_group(rows, block.read_integers("tokens/position")), by_group, worst)
+        tokens, minus = tokens_of(block), tokens_of.minus(block)
+        there = np.flatnonzero((tokens >= 0).any(-1))
+        wanted = slice(None) if 2 * len(there) > block.n_rows else there
+        rows = SomeRows(block, wanted)
+        directions, constants = weights.directions(tokens[wanted], None if minus is None else minus[wanted])
+        found, worst_part = share(rows, directions, constants)
+        is_known = tokens[wanted] >= 0
+        total = found[..., : len(components) + 1].sum(-1)
+        if checked == MODEL_LOGIT:
+            off = _capped(total, shape.logit_softcap) - rows.read(MODEL_LOGIT)[:, None]
+        elif checked is not None:
+            off = total - _logits(rows.read(checked), directions, rows.read(SCALE)) - constants
+        else:
+            off = np.zeros_like(total)
+        found[~is_known] = np.nan
+        keep(block.start, _spread(found, wanted, block.n_rows), tokens)
+        position = block.read_integers(_POSITION)
+        return AttributionSums(
+            sum_by_group(
+                *flat_ranks(found, position[wanted][:, None]),
+                n_groups=(int(position.max()) + 1) * target.n_ranks,  # of all rows, those without a token too
+            ),
+            sum_by_range(*flat_ranks(found, groups(block, tokens)[wanted])),
+            np.nansum(np.abs(found), 0, dtype=np.float64),
+            # a value that is not finite where there is a token must not pass for rounding
+            float(np.abs(off)[is_known].max(initial=0.0)),
+            worst_part,
+        )
 
-    tokens = ["tokens/input_ids", "tokens/sequence", "tokens/position"]
-    blocks = even_blocks(store, [*names, *names, *tokens, *checked], block_bytes)
-    return map_and_sum(attribute, blocks, done)
+    more = target.n_ranks * (8 * shape.d_model + _ROOM * len(columns)) + tokens_of.row_bytes
+    read = [*names, *tokens_of.arrays, "tokens/input_ids", _POSITION, *([] if checked is None else [checked])]
+    return map_and_sum(attribute, even_blocks(store, read * 2, block_bytes, more_row_bytes=more), done)
+
+
+def logits_to_compare(store: ActivationStore, target: Target) -> str | None:
+    """Name the array that a store has of the model's own logits, or from which they follow; None without either."""
+    last = residual_hook(store.shape.n_layers)
+    if target.is_models and MODEL_LOGIT in store:
+        return MODEL_LOGIT
+    return last if last in store else None
+
+
+def _logits(stream: Floats, directions: Floats, scale: Floats) -> Floats:
+    """Return what the last stream gives before any soft cap, less the constant term, `(row, rank)`."""
+    found: Floats = np.einsum("rd,rkd->rk", stream, directions) / scale
+    return found
 
 
 def _capped(logits: Floats, cap: float | None) -> Floats:
@@ -153,48 +167,10 @@ def _capped(logits: Floats, cap: float | None) -> Floats:
     return logits if cap is None else cap * np.tanh(logits / cap)
 
 
-def _tokens_of(
-    target: Target, block: RowBlock, last: str, unembedding: FoldedUnembedding, following: npt.NDArray[np.int64]
-) -> npt.NDArray[np.int64]:
-    """Return whose logit is shared out at each row of a block, -1 where there is none."""
-    if target.token == "next":
-        return following
-    if target.token != "top":
-        return np.full(block.n_rows, target.token, np.int64)
-    stream, scale = block.read(last), block.read(SCALE)
-    at_once = max(1, LOGITS_AT_ONCE // len(unembedding.directions))
-    found = np.empty(block.n_rows, np.int64)
-    for start in range(0, block.n_rows, at_once):
-        rows = slice(start, start + at_once)
-        found[rows] = (stream[rows] @ unembedding.directions.T / scale[rows] + unembedding.constants).argmax(-1)
-    return found
-
-
-def _directions(
-    unembedding: FoldedUnembedding, tokens: npt.NDArray[np.int64], minus: int | None
-) -> tuple[Floats, Floats]:
-    """Return each row's direction and constant."""
-    directions, constants = unembedding.directions[np.maximum(tokens, 0)], unembedding.constants[np.maximum(tokens, 0)]
-    if minus is not None:
-        directions, constants = directions - unembedding.directions[minus], constants - unembedding.constants[minus]
-    return directions, constants
-
-
-def _attribute_block(
-    block: RowBlock,
-    components: list[Component],
-    weights: AttributionWeights,
-    tokens: npt.NDArray[np.int64],
-    minus: int | None,
-) -> Floats:
-    directions, constants = _directions(weights.unembedding, tokens, minus)
-    scale = block.read(SCALE)[:, 0]
-    columns = [attribute_components(block.read(component.hook)[None], directions, scale) for component in components]
-    columns.append(constants[:, None])
-    if weights.W_O is not None and weights.b_O is not None:
-        for layer, W_O in enumerate(weights.W_O):
-            columns.append(attribute_heads(block.read(f"blocks.{layer}.attn.hook_z"), W_O, directions, scale))
-        columns.append(directions @ weights.b_O.T / scale[:, None])
-    rows = np.concatenate(columns, axis=-1).astype(np.float32)
-    rows[tokens < 0] = np.nan
+def _spread(found: Floats, wanted: slice | Numbers, n_rows: int) -> Floats:
+    """Return the attributions of all rows of a block, NaN where none were computed."""
+    if isinstance(wanted, slice):
+        return found
+    rows = np.full((n_rows, *found.shape[1:]), np.nan, np.float32)
+    rows[wanted] = found
     return rows

@@ -113,13 +113,18 @@ def require_arrays(store: ActivationStore, names: Iterable[str], what: str) -> N
         )
 
 
-def even_blocks(store: ActivationStore, names: Sequence[str], block_bytes: int) -> list[RowBlock]:
-    """Cut a store into blocks whose arrays `names` take at most `block_bytes` in float32, each as often as it is named.
+def even_blocks(
+    store: ActivationStore, names: Sequence[str], block_bytes: int, *, more_row_bytes: int = 0
+) -> list[RowBlock]:
+    """Cut a store into blocks whose arrays `names`, in float32, and what else a row takes, fit into `block_bytes`.
+
+    An array that is named twice counts twice: as it is read, and once more for what is made of it.
 
     Where a part makes a block worth its while, none reaches over a part's end: it is then read without a copy.
     """
     arrays = {name: store.array(name) for name in names}
-    row_bytes = sum(4 * int(np.prod(arrays[name].manifest.row_shape, dtype=np.int64)) for name in names)
+    values = sum(int(np.prod(arrays[name].manifest.row_shape, dtype=np.int64)) for name in names)
+    row_bytes = 4 * values + more_row_bytes
     size = max(1, block_bytes // max(1, row_bytes))
     part = store.manifest.rows_per_part
     span = part if size < part or part * row_bytes >= _WORTH_A_BLOCK else store.n_rows

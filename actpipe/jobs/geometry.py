@@ -49,11 +49,26 @@ def flat_rows(block: RowBlock, name: str) -> npt.NDArray[np.float32]:
     Raises:
         DtypeOverflowError: A value is not finite.
     """
-    rows = block.read(name).reshape(block.n_rows, -1)
+    return finite_rows(block.read(name), name, block.start, block.stop)
+
+
+def finite_rows(values: npt.NDArray[np.float32], name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
+    """Return values as `(row, channel)`, whatever their axes.
+
+    Args:
+        values: Some rows of an array.
+        name: Its name.
+        start: The first row that they may be.
+        stop: One past the last.
+
+    Raises:
+        DtypeOverflowError: A value is not finite.
+    """
+    rows = values.reshape(len(values), int(np.prod(values.shape[1:], dtype=np.int64)))
     n_wrong = rows.size - int(np.isfinite(rows).sum())
     if n_wrong:
         raise DtypeOverflowError(
-            f"{n_wrong:,} values of {name} in rows {block.start:,} to {block.stop:,} are not finite, and would spoil "
+            f"{n_wrong:,} values of {name} in rows {start:,} to {stop:,} are not finite, and would spoil "
             "every mean; store it as bfloat16 or float32, or leave it out"
         )
     return rows

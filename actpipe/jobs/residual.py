@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Sequence
 
-from actpipe.compute.residual import (
-    Component,
-    ResidualSums,
-    residual_components,
-    residual_hook,
-    sum_residual_shares,
-)
+from actpipe.compute.residual import Component, ResidualSums, residual_components, sum_residual_shares
 from actpipe.errors import UnsupportedModelError
 from actpipe.hooks import build_catalogue
 from actpipe.jobs.blocks import Done, RowBlock, even_blocks, map_and_sum, require_arrays
+from actpipe.jobs.residual_sources import Source
 from actpipe.stores.reading import ActivationStore
 
 
@@ -33,16 +28,31 @@ def components_of(store: ActivationStore, layer: int | None = None) -> list[Comp
 
 
 def measure_residual(
-    store: ActivationStore, layer: int | None, *, block_bytes: int, done: Done = lambda _: None
+    store: ActivationStore,
+    sources: Sequence[Source],
+    stream: str,
+    *,
+    is_whole: bool,
+    block_bytes: int,
+    done: Done = lambda _: None,
 ) -> ResidualSums:
-    """Measure each component's length and its share of the residual stream, over all rows."""
-    components = components_of(store, layer)
-    total = residual_hook(store.shape.n_layers, layer)
-    names = [*(component.hook for component in components), total]
-    require_arrays(store, names, "decompose_residual")
+    """Measure what each part contributes to the residual stream, over all rows.
+
+    Args:
+        store: The activations.
+        sources: Where the parts come from.
+        stream: What they are compared with.
+        is_whole: Whether they must add up to it.
+        block_bytes: Memory of one block, in bytes.
+        done: Called with 1 after each block.
+    """
+    names = [name for source in sources for name in source.arrays]
+    require_arrays(store, [*names, stream], "decompose_residual")
 
     def measure(block: RowBlock) -> ResidualSums:
-        written = np.stack([block.read(component.hook) for component in components])
-        return sum_residual_shares(written, block.read(total))
+        parts = (part for source in sources for part in source.read(block))
+        return sum_residual_shares(parts, block.read(stream), is_whole=is_whole)
 
-    return map_and_sum(measure, even_blocks(store, names * 2, block_bytes), done)
+    d_model = store.shape.d_model
+    blocks = even_blocks(store, [*names, stream], block_bytes, more_row_bytes=40 * d_model)
+    return map_and_sum(measure, blocks, done, fan_in=2)

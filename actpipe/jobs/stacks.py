@@ -6,7 +6,7 @@ block by block when they are reduced or indexed; nothing of the corpus' size is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -106,18 +106,34 @@ def accumulated_resid(
     """
     n_layers = store.shape.n_layers
     stop = _layer(store, layer)
-    names: dict[str, str] = {}
-    for number in range(stop + 1):
-        if number == n_layers:
-            names["final_post"] = residual_hook(n_layers)
-            continue
-        names[f"{number}_pre"] = _entering(store, number)
-        if (incl_mid and number < stop) or (mlp_input and number == stop):
-            names[f"{number}_mid"] = f"blocks.{number}.hook_resid_mid"
+    names = accumulated_streams(store, n_layers, stop, incl_mid=incl_mid, mlp_input=mlp_input)
     require_arrays(store, names.values(), "accumulated_resid")
     stack = _stacked(store, [stored_floats(store, name) for name in names.values()])
     into_mlp = mlp_input and stop < n_layers
     return _finished(store, stack, list(names), stop, mlp_input=into_mlp, apply_ln=apply_ln)
+
+
+def accumulated_streams(
+    names: Container[str], n_layers: int, stop: int, *, incl_mid: bool = False, mlp_input: bool = False
+) -> dict[str, str]:
+    """Return by label what holds the residual stream at every layer up to `stop`; see `accumulated_resid`.
+
+    Args:
+        names: What is stored, or will be.
+        n_layers: Layers of the model.
+        stop: The last layer, up to `n_layers`.
+        incl_mid: Also between attention and MLP of every layer below.
+        mlp_input: Also between those of the last.
+    """
+    found: dict[str, str] = {}
+    for number in range(stop + 1):
+        if number == n_layers:
+            found["final_post"] = residual_hook(n_layers)
+            continue
+        found[f"{number}_pre"] = _entering(names, number)
+        if (incl_mid and number < stop) or (mlp_input and number == stop):
+            found[f"{number}_mid"] = f"blocks.{number}.hook_resid_mid"
+    return found
 
 
 def stack_head_results(
@@ -326,11 +342,11 @@ def _layer(store: ActivationStore, layer: int | None, *, mlp_input: bool = False
     return stop
 
 
-def _entering(store: ActivationStore, layer: int) -> str:
+def _entering(names: Container[str], layer: int) -> str:
     """Name the array that holds the stream entering a layer; the one that is not stored, if neither is."""
     before = f"blocks.{layer - 1}.hook_resid_post"
     return (
-        before if f"blocks.{layer}.hook_resid_pre" not in store and before in store else residual_hook(layer + 1, layer)
+        before if f"blocks.{layer}.hook_resid_pre" not in names and before in names else residual_hook(layer + 1, layer)
     )
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from actpipe.compute.branches import Branch, BranchNorm, behind_norm
 from actpipe.errors import UnsupportedModelError
+from actpipe.hooks import ModelShape
 from actpipe.jobs.blocks import require_arrays
 from actpipe.stores.reading import ActivationStore
 
@@ -27,6 +29,31 @@ def weight_array(weights: WeightsByName, name: str) -> npt.NDArray[np.float32]:
     """Return a weight in float32."""
     array: npt.NDArray[np.float32] = weights[name].detach().float().cpu().numpy()
     return array
+
+
+BranchName = Literal["attn", "mlp"]
+BRANCHES: dict[BranchName, tuple[str, str, str, str]] = {
+    "attn": ("attn.hook_z", "attn.W_O", "attn.b_O", "ln1_post"),
+    "mlp": ("mlp.hook_post", "mlp.W_out", "mlp.b_out", "ln2_post"),
+}
+"""What is stored of each branch, its weights, its bias, and the norm that stands behind it in some models."""
+
+
+def branch_of(weights: WeightsByName, shape: ModelShape, layer: int, which: BranchName) -> Branch:
+    """Return what brings a layer's heads (`attn`) or neurons (`mlp`) to the stream, in float32."""
+    _, W, b, norm = (f"blocks.{layer}.{name}" for name in BRANCHES[which])
+    found = None
+    if getattr(shape.blocks[layer], BRANCHES[which][3]):
+        bias = weight_array(weights, f"{norm}.b") if shape.norm == "LN" else None
+        found = BranchNorm(weight_array(weights, f"{norm}.w"), bias)
+    return Branch(weight_array(weights, W), weight_array(weights, b), found)
+
+
+def branch_arrays(shape: ModelShape, layer: int, which: BranchName) -> list[str]:
+    """Name what must be stored for the parts of a branch: heads or neurons, and the scale of a norm behind them."""
+    stored, _, _, norm = BRANCHES[which]
+    behind = [f"blocks.{layer}.{norm}.hook_scale"] if getattr(shape.blocks[layer], norm) else []
+    return [f"blocks.{layer}.{stored}", *behind]
 
 
 def rows_at_once(store: ActivationStore, n_components: int) -> int:
@@ -70,10 +97,9 @@ def _behind_norm(store: ActivationStore, weights: WeightsByName, stack: Any, lay
         return stack
     scale = f"blocks.{layer}.{norm}.hook_scale"
     require_arrays(store, [scale], "heads and neurons behind a norm")
-    if store.shape.norm == "LN":
-        stack = stack - stack.mean(-1, keepdims=True)
     divisor = stored_floats(store, scale).rechunk({0: stack.chunks[1]})
-    return stack * weight_array(weights, f"blocks.{layer}.{norm}.w") / divisor[None]
+    gain = weight_array(weights, f"blocks.{layer}.{norm}.w")
+    return behind_norm(stack, gain, divisor[None], centered=store.shape.norm == "LN")
 
 
 def written_by_biases(store: ActivationStore, weights: WeightsByName, attention: range, mlps: range) -> Any:

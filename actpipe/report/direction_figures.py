@@ -137,7 +137,10 @@ def _directions(result: Result) -> Iterator[Plot | Finding]:
     data, table, name = result.dataset.load(), result.table, result.record.name
     label = result.record.settings.get("label", "")
     names = [short_name(str(hook)) for hook in data["hook"].values]
-    held_out = f"{int(table['n_validation'].iloc[0]):,} tokens of documents that no fit saw"
+    pool = result.record.settings.get("pool")
+    samples = {"mean": "documents (means of their tokens)", "last": "documents (their last tokens)"}
+    what_of = samples.get(str(pool), "tokens of documents")
+    held_out = f"{int(table['n_validation'].iloc[0]):,} {what_of} that no fit saw"
     for what, title, unit, chance in (
         ("accuracy", "Accuracy of probes", "share right", ("majority", "largest class")),
         ("auc", "Ranking by probes", "AUC", ("mean_difference_auc", "mean difference")),
@@ -177,7 +180,7 @@ def _reliability(data: xr.Dataset, names: Sequence[str]) -> go.Figure:
             mode="lines+markers",
             marker={"size": 4 + 12 * np.sqrt(count[there] / count.max())},
             line={"color": f"rgba(47,109,181,{shade:.2f})", "width": 2},
-            hovertemplate="confidence %{x:.3f}, right %{y:.3f}, %{customdata:,} tokens<extra></extra>",
+            hovertemplate="confidence %{x:.3f}, right %{y:.3f}, %{customdata:,} samples<extra></extra>",
         )
     figure.update_xaxes(title="confidence", range=[0, 1.02])
     figure.update_yaxes(title="share right", range=[0, 1.02])

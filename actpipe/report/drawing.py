@@ -18,6 +18,9 @@ _COLORS = {
     "bias": GREEN,
     "attn_bias": GREEN,
     "head": BLUE,
+    "neuron": ORANGE,
+    "other_neurons": GREY,
+    "mlp_bias": GREEN,
 }
 _ROW_HEIGHT = 22
 MOST_LABELLED = 14

@@ -8,8 +8,9 @@ import numpy as np
 import plotly.graph_objects as go
 
 from actpipe.records import Finding
+from actpipe.report.attribution_figures import ATTRIBUTION_MAKERS
 from actpipe.report.direction_figures import DIRECTION_MAKERS
-from actpipe.report.drawing import BLUE, GREY, Plot, bars, heat_map, layer_by_head, styled
+from actpipe.report.drawing import BLUE, GREY, Plot, styled
 from actpipe.report.eval_figures import EVAL_MAKERS, metric_groups
 from actpipe.report.head_figures import HEAD_MAKERS
 from actpipe.report.lens_figures import LENS_MAKERS
@@ -53,40 +54,6 @@ def _metrics(result: Result) -> Iterator[Plot | Finding]:
     yield from metric_groups(result)
 
 
-def _residual(result: Result) -> Iterator[Plot]:
-    table = result.table
-    yield Plot(
-        "Share of the residual stream by component",
-        "Projection of what each component writes onto the residual stream, as a share of its length; "
-        "the shares add up to 1.",
-        bars(table, "mean_share", "share"),
-    )
-    yield Plot(
-        "Length of what each component writes",
-        "Mean Euclidean norm over all tokens.",
-        bars(table, "mean_norm", "norm"),
-    )
-
-
-def _attribution(result: Result) -> Iterator[Plot]:
-    table = result.table
-    heads = table[table["kind"] == "head"]
-    whose = result.record.summary.get("logit", "the correct next token")
-    components = table[~table["kind"].isin(["head", "attn_bias"])]
-    yield Plot(
-        f"Logit of {whose}, by component",
-        "Direct contribution of each component, mean over all tokens; whiskers are one standard deviation "
-        "over tokens. The bars add up to the mean logit.",
-        bars(components, "mean", "logit", error="std"),
-    )
-    if len(heads):
-        yield Plot(
-            f"Logit of {whose}, by head",
-            "Direct contribution of each attention head, mean over all tokens.",
-            heat_map(layer_by_head(heads, "mean"), "logit", diverging=True),
-        )
-
-
 def _reduction(result: Result) -> Iterator[Plot]:
     data = result.dataset
     hooks = [str(name).removesuffix(".variance") for name in data.data_vars if str(name).endswith(".variance")]
@@ -117,9 +84,9 @@ Shown = Plot | Finding
 
 MAKERS: dict[str, Callable[[Result], Iterator[Shown]]] = {
     "metrics": _metrics,
-    "attribution": _attribution,
+    "attribution": ATTRIBUTION_MAKERS["attribution"],
     **HEAD_MAKERS,
-    "residual": _residual,
+    "residual": ATTRIBUTION_MAKERS["residual"],
     "reduction": _reduction,
     **LENS_MAKERS,
     **EVAL_MAKERS,

@@ -106,7 +106,7 @@ class ResultWriter:
         self._lock = threading.Lock()
 
     def open_rows(
-        self, name: str, shape: tuple[int, ...], *, axes: tuple[str, ...], chunk_rows: int
+        self, name: str, shape: tuple[int, ...], *, axes: tuple[str, ...], chunk_rows: int, dtype: str = "float32"
     ) -> Callable[[int, npt.NDArray[Any]], None]:
         """Return a function that writes a block of rows, given its first row; any thread may call it."""
         group = zarr.open_group(self._arrays, mode="a", zarr_format=3)
@@ -114,9 +114,9 @@ class ResultWriter:
             name,
             shape=shape,
             chunks=(min(chunk_rows, max(1, shape[0])), *shape[1:]),
-            dtype="float32",
+            dtype=dtype,
             compressors=None,
-            fill_value=float("nan"),
+            fill_value=float("nan") if dtype == "float32" else -1,
             dimension_names=axes,
         )
 

@@ -12,13 +12,15 @@ from support import MODELS, make_recipe, run
 
 from actpipe import HookedModel, decompose_resid, open_results, open_store
 from actpipe.compute.attribution import next_tokens
-from actpipe.compute.grouping import sum_by_group
+from actpipe.compute.grouping import RangeSums, sum_by_group
 from actpipe.compute.heads import HeadScoreSums, score_heads
 from actpipe.compute.patterns import PREVIOUS_TOKEN, TRANSFORMERLENS_PATTERNS
 from actpipe.errors import ActpipeError, IdentityError, IncompleteStoreError
 from actpipe.jobs.attribution import AttributionSums
+from actpipe.jobs.blocks import even_blocks
 from actpipe.jobs.heads import score_store_heads
 from actpipe.jobs.metrics import metrics_by_position
+from actpipe.lenses import attribution_weights
 
 COMPONENTS = ["hook_embed", "blocks.*.hook_attn_out", "blocks.*.hook_mlp_out", "blocks.*.attn.hook_z"]
 FAMILIES = ["gpt2", "llama", "gpt_neox"]
@@ -148,19 +150,15 @@ def test_means_of_attributions_are_means_of_the_rows(analysed):
 
 def test_a_store_that_contradicts_the_model_is_refused(analysed, tmp_path, monkeypatch):
     folder, model = analysed
-    from actpipe.stages.attribute_logits import _weights
-
     from actpipe.jobs import attribution
 
-    weights = _weights(model, heads=False)
+    weights = attribution_weights(model, heads=False)
     wrong = type(weights.unembedding)(weights.unembedding.directions * 1.5, weights.unembedding.constants)
-    sums = attribution.attribute_store(
-        open_store(folder), attribution.AttributionWeights(wrong, None, None), block_bytes=10**6
-    )
+    sums = attribution.attribute_store(open_store(folder), attribution.AttributionWeights(wrong), block_bytes=10**6)
     assert sums.worst > 1e-2
 
     monkeypatch.setattr(
-        "actpipe.stages.attribute_logits._weights", lambda *_, **__: attribution.AttributionWeights(wrong, None, None)
+        "actpipe.stages.attribute_logits.attribution_weights", lambda *_, **__: attribution.AttributionWeights(wrong)
     )
     recipe = {
         "model": {"name": str(model.source.folder), "dtype": "float32", "device": "cpu"},
@@ -371,7 +369,20 @@ def test_targets_and_columns_that_are_not_there_are_refused(tmp_path, settings, 
 
 def test_an_attribution_that_is_not_a_number_stays_one_when_sums_are_put_together():
     nothing = sum_by_group(np.zeros((1, 1), np.float32), np.zeros(1, np.int64))
-    good, bad = (AttributionSums(nothing, nothing, worst) for worst in (0.0, float("nan")))
+    ranges, modulus = RangeSums(0, nothing), np.zeros((1, 1))
+    good, bad = (AttributionSums(nothing, ranges, modulus, worst) for worst in (0.0, float("nan")))
 
     assert np.isnan((good + bad).worst)
     assert np.isnan((bad + good).worst)
+
+
+@pytest.mark.parametrize("block_bytes", [1_000, 20_000])
+def test_blocks_have_room_for_every_array_that_is_named_and_for_what_else_a_row_takes(analysed, block_bytes):
+    store = open_store(analysed[0])
+    d_model, name = store.shape.d_model, "blocks.0.hook_resid_post"
+
+    for names, more in (([name], 0), ([name] * 3, 0), ([name], 100)):
+        blocks = even_blocks(store, names, block_bytes, more_row_bytes=more)
+        row_bytes = 4 * d_model * len(names) + more
+        assert max(block.n_rows for block in blocks) == min(store.n_rows, max(1, block_bytes // row_bytes))
+        assert sum(block.n_rows for block in blocks) == store.n_rows

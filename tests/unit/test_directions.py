@@ -16,9 +16,11 @@ from actpipe import open_results, open_store
 from actpipe.compute.directions import mean_differences, principal_axes, sum_classes
 from actpipe.compute.geometry import cross_moments
 from actpipe.compute.probing import (
+    balanced_weights,
     bound_of_hessian,
     class_scores,
     count_scores,
+    list_scores,
     log_softmax,
     logits_of,
     minimize,
@@ -120,6 +122,7 @@ def test_sums_are_those_of_all_rows_however_they_are_cut_and_ordered(cuts, order
     own = number[:, None] == np.arange(n_classes)
 
     loss = reduce(add, (softmax_loss(rows[piece], number[piece], weights) for piece in pieces))
+    exact = reduce(add, (list_scores(class_scores(logs[piece]), number[piece]) for piece in pieces))
     classes = reduce(add, (sum_classes(rows[piece], number[piece], n_classes) for piece in pieces))
     judged = reduce(add, (reliability(logs[piece], number[piece], 10) for piece in pieces))
     scores = reduce(add, (count_scores(class_scores(logs[piece]), own[piece]) for piece in pieces))
@@ -134,6 +137,9 @@ def test_sums_are_those_of_all_rows_however_they_are_cut_and_ordered(cuts, order
     assert judged.error == pytest.approx(witness_calibration(p, number, 10))
     odds = np.log(p / (1 - p))
     np.testing.assert_allclose(scores.auc, [witness_auc(odds[:, k], own[:, k]) for k in range(n_classes)], atol=0.02)
+    np.testing.assert_allclose(exact.auc, [witness_auc(odds[:, k], own[:, k]) for k in range(n_classes)], atol=1e-12)
+    recall = [(p.argmax(1) == number)[number == k].mean() for k in range(n_classes)]
+    assert judged.balanced_accuracy == pytest.approx(np.mean(recall))
 
 
 def test_scores_that_are_equal_count_half_and_scores_out_of_range_count():
@@ -142,6 +148,40 @@ def test_scores_that_are_equal_count_half_and_scores_out_of_range_count():
 
     assert count_scores(scores, own).auc[0] == pytest.approx((4 - 0.5) / 4)
     assert np.isnan(count_scores(scores, np.ones((4, 1), bool)).auc[0])
+
+
+scores = st.lists(st.tuples(st.sampled_from([-1.0, 0.0, 0.1, 0.1 + 1e-12, 40.0, 41.0]), st.integers(0, 1)), max_size=12)
+
+
+@given(scores, st.integers(0, 12))
+def test_auc_of_listed_scores_counts_every_pair_and_ties_half(rows, cut):
+    values = np.array([[-score, score] for score, _ in rows]).reshape(-1, 2)
+    number = np.array([side for _, side in rows], int)
+    found = (list_scores(values[:cut], number[:cut]) + list_scores(values[cut:], number[cut:])).auc
+
+    if 0 < number.sum() < len(number):
+        rounded = values.astype(np.float32)
+        np.testing.assert_allclose(found, [witness_auc(rounded[:, k], number == k) for k in (0, 1)], atol=1e-12)
+    else:
+        assert np.isnan(found).all()
+
+
+def test_a_balanced_probe_is_that_of_rows_repeated_until_all_classes_have_as_many():
+    rows, number = clouds(60, 3, 2, 4)
+    keep = np.flatnonzero((number == 0) | (np.arange(60) % 6 == 1))  # 30 of the first class, 10 of the second
+    rows, number = rows[keep], number[keep]
+    weights = balanced_weights(np.bincount(number))
+    repeated = np.concatenate([rows, rows[number == 1], rows[number == 1]])
+    numbers = np.concatenate([number, np.ones(20, int)])
+
+    def fitted(evaluate) -> np.ndarray:
+        solve = bound_of_hessian(np.corrcoef(rows.T), 0.01)
+        return minimize(evaluate, np.zeros((4, 2)), solve, tolerance=1e-10, max_iterations=200).weights
+
+    found = fitted(lambda w: penalized(softmax_loss(rows, number, w, weights), w, 0.01))
+    np.testing.assert_allclose(weights, [2 / 3, 2.0])
+    np.testing.assert_allclose(found, newton(repeated, numbers, 2, 0.01), atol=1e-6)
+    assert not np.allclose(found, newton(rows, number, 2, 0.01), atol=1e-2)
 
 
 def test_principal_axes_are_those_of_the_covariance_with_a_sign_that_is_fixed():
@@ -183,7 +223,7 @@ def test_a_stores_directions_are_those_of_its_rows_whatever_the_blocks(labelled,
     wanted = LABELS | ({} if len(classes) == 3 else {"classes": classes})
     recipe["stages"] += [
         {"stage": "fit_directions", **wanted},
-        {"stage": "fit_directions", **wanted, "name": "small", "block_bytes": 100_000},
+        {"stage": "fit_directions", **wanted, "name": "small", "block_bytes": 400_000},
     ]
     run(recipe, tmp_path / "run")
     store = open_store(tmp_path / "run")
@@ -213,7 +253,9 @@ def test_a_stores_directions_are_those_of_its_rows_whatever_the_blocks(labelled,
         odds = np.log(p / (1 - p))
         own = wanted_number[:, None] == np.arange(len(classes))
         aucs = [witness_auc(odds[:, k], own[:, k]) for k in range(len(classes))]
-        np.testing.assert_allclose(data["auc"].sel(hook=row.hook), aucs, atol=0.01)
+        np.testing.assert_allclose(data["auc"].sel(hook=row.hook), aucs, atol=2e-3)
+        recall = [(p.argmax(1) == k)[wanted_number == k].mean() for k in range(len(classes))]
+        assert row.balanced_accuracy == pytest.approx(np.mean(recall))
         last = fitted[number == len(classes) - 1].mean(0) - fitted[number != len(classes) - 1].mean(0)
         np.testing.assert_allclose(differences.W[:, -1], last / np.linalg.norm(last), atol=1e-6)
         np.testing.assert_allclose(differences.mean, mean, atol=1e-5)
@@ -226,9 +268,74 @@ def test_a_stores_directions_are_those_of_its_rows_whatever_the_blocks(labelled,
         np.testing.assert_allclose(small.dataset[name], data[name], atol=atol)
 
 
+def pooled_by_side(store, hook, classes, how):
+    """Return one sample of each document of both sides, by a loop over documents."""
+    labels = label_rows(store.documents, "kind", classes=classes, max_classes=9, fraction=0.4, seed=0, is_pooled=True)
+    kind, values = store.documents.column("kind").to_pylist(), store[hook].compute().astype(np.float64)
+    stops = store.documents.row_stops.tolist()
+    sides = []
+    for held_out in (False, True):
+        these = [i for i, one in enumerate(kind) if one in classes and labels.held_out[i] == held_out]
+        rows = [values[([0, *stops])[i] : stops[i]] for i in these]
+        samples = np.stack([row[-1] if how == "last" else row.mean(0) for row in rows])
+        sides.append((samples, np.array([classes.index(kind[i]) for i in these])))
+    return sides
+
+
+@pytest.mark.parametrize("how", ["mean", "last"])
+@pytest.mark.parametrize("block_bytes", [250_000, 2**28])
+def test_pooled_samples_are_one_of_each_document(labelled, tmp_path, how, block_bytes):
+    classes = ["sky", "sea"]
+    recipe = make_recipe(labelled)
+    stage = {**LABELS, "hooks": ["blocks.0.hook_resid_post"], "pool": how, "block_bytes": block_bytes}
+    recipe["stages"] += [
+        {"stage": "fit_directions", **stage, "classes": classes, "class_weights": "balanced"},
+        {"stage": "fit_directions", **stage, "classes": classes, "name": "binned", "exact_scores": 0},
+        {"stage": "write_report"},
+    ]
+    run(recipe, tmp_path / "run")
+    store, result = open_store(tmp_path / "run"), open_results(tmp_path / "run", "fit_directions")
+    (fitted, number), (rows, wanted) = pooled_by_side(store, "blocks.0.hook_resid_post", classes, how)
+    line = result.table.iloc[0]
+
+    assert (line["n_train"], line["n_validation"]) == (len(number), len(wanted))
+    counts = np.bincount(number)
+    repeats = {k: counts[1 - k] for k in (0, 1)}  # every class as often as the other, then as heavy as balanced
+    mean, scale = fitted.mean(0), fitted.std(0)
+    again = np.concatenate([np.repeat(fitted[number == k], repeats[k], 0) for k in (0, 1)])
+    numbers = np.repeat([0, 1], [counts[0] * repeats[0], counts[1] * repeats[1]])
+    weights = newton((again - mean) / scale, numbers, 2, 0.01)
+    file = read_directions(result.files / "blocks.0.hook_resid_post.probe.safetensors", "test")
+    np.testing.assert_allclose(file.mean, mean, atol=1e-5)
+    np.testing.assert_allclose(file.W[:, 0], (weights[:-1, 1] - weights[:-1, 0]) / scale, rtol=1e-3, atol=1e-3)
+    logits = file(rows.astype(np.float32))[:, 0]
+    assert line["accuracy"] == pytest.approx(((logits > 0) == wanted).mean())
+    assert line["auc"] == pytest.approx(witness_auc(logits, wanted == 1), abs=1e-3)
+    assert result.record.summary["auc"] == "exact"
+    assert open_results(tmp_path / "run", "binned").record.summary["auc"] == "scores in bins of 1/128"
+    assert "documents" in (tmp_path / "run" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("how", ["mean", "last"])
+def test_pooled_directions_do_not_depend_on_the_order_of_documents_or_on_workers(write_jsonl, tmp_path, how):
+    kinds = ["sea", "land", "sky"]
+    rows = [{"id": f"d{i}", "text": f"{kinds[i % 3]} {TEXTS[i % 5]}", "kind": kinds[i % 3]} for i in range(18)]
+    tables = []
+    for name, ordered, scheduler in (("one", rows, "threads"), ("other", rows[::-1], "synchronous")):
+        recipe = make_recipe(write_jsonl(ordered, f"{name}.jsonl"))
+        recipe["stages"][0] |= {"layout": "documents", "context_length": 64}
+        recipe["stages"].append({"stage": "fit_directions", **LABELS, "pool": how, "block_bytes": 400_000})
+        with dask.config.set(scheduler=scheduler):
+            run(recipe, tmp_path / name)
+        tables.append(open_results(tmp_path / name, "fit_directions").table)
+
+    for column in ("accuracy", "balanced_accuracy", "auc", "loss", "control_auc", "mean_difference_auc"):
+        np.testing.assert_allclose(tables[0][column], tables[1][column], atol=1e-4)
+
+
 def test_the_number_of_workers_changes_no_bit(labelled, tmp_path):
     recipe = make_recipe(labelled, hooks=HOOKS)
-    recipe["stages"].append({"stage": "fit_directions", **LABELS, "block_bytes": 100_000})
+    recipe["stages"].append({"stage": "fit_directions", **LABELS, "block_bytes": 400_000})
     files = []
     for name, scheduler in (("one", "synchronous"), ("many", "threads")):
         with dask.config.set(scheduler=scheduler):
@@ -327,6 +434,8 @@ def test_labels_that_tell_nothing_apart_are_refused(write_jsonl, tmp_path, setti
         ({"keep_columns": ["line"]}, {}, "no column 'kind', only line"),
         ({}, {"hooks": ["blocks.1.hook_resid_post"]}, "does not store it"),
         ({}, {"penalty": 0.0}, "greater than 0"),
+        ({}, {"pool": "first"}, "'mean' or 'last'"),
+        ({}, {"class_weights": "equal"}, "'balanced'"),
         ({}, {"classes": ["sea"]}, "two different values"),
         ({}, {"classes": ["sea", "sea"]}, "two different values"),
     ],
