@@ -9,6 +9,7 @@ from actpipe.schemas.direction_analyses import DescribeResidualConfig, FitDirect
 from actpipe.schemas.eval_analyses import CompareRunsConfig
 from actpipe.schemas.head_analyses import ScoreWeightsConfig
 from actpipe.schemas.lens_analyses import LogitLensConfig
+from actpipe.schemas.weight_analyses import InterpretWeightsConfig
 from pydantic import Field, PositiveInt
 
 
@@ -73,6 +74,7 @@ ANALYSES: tuple[type[AnalysisConfig], ...] = (
     LogitLensConfig,
     CompareRunsConfig,
     ScoreWeightsConfig,
+    InterpretWeightsConfig,
     DescribeResidualConfig,
     TopExamplesConfig,
     FitDirectionsConfig,

@@ -123,9 +123,9 @@ class FactoredMatrix:
 
     @cached_property
     def _svd(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        U_a, S_a, V_a = _reduced_svd(self.A)
-        U_b, S_b, V_b = _reduced_svd(self.B)
-        U_m, S_m, V_m = _reduced_svd(S_a[..., :, None] * (V_a.mT @ U_b) * S_b[..., None, :])
+        U_a, S_a, V_a = reduced_svd(self.A)
+        U_b, S_b, V_b = reduced_svd(self.B)
+        U_m, S_m, V_m = reduced_svd(S_a[..., :, None] * (V_a.mT @ U_b) * S_b[..., None, :])
         return U_a @ U_m, S_m, V_b @ V_m
 
     def svd(
@@ -188,8 +188,14 @@ class FactoredMatrix:
         return f"FactoredMatrix: Shape({self.shape}), Hidden Dim({self.mdim})"
 
 
-def _reduced_svd(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return `U`, `S` and `V` (not transposed), in at least float32."""
+def reduced_svd(
+    matrix: Float[torch.Tensor, "*leading left right"],
+) -> tuple[
+    Float[torch.Tensor, "*leading left rank"],
+    Float[torch.Tensor, "*leading rank"],
+    Float[torch.Tensor, "*leading right rank"],
+]:
+    """Return `U`, `S` and `V`, not transposed, with `matrix = U diag(S) V.T`, in at least float32."""
     wide = matrix if matrix.dtype in (torch.float32, torch.float64) else matrix.float()
     U, S, Vh = torch.linalg.svd(wide, full_matrices=False)
     return U, S, Vh.mT

@@ -13,6 +13,7 @@ from actpipe.report.drawing import BLUE, GREY, Plot, bars, heat_map, layer_by_he
 from actpipe.report.eval_figures import EVAL_MAKERS, metric_groups
 from actpipe.report.head_figures import HEAD_MAKERS
 from actpipe.report.lens_figures import LENS_MAKERS
+from actpipe.report.weight_figures import WEIGHT_MAKERS
 from actpipe.stores.results import Result
 
 _METRICS = {
@@ -141,6 +142,7 @@ MAKERS: dict[str, Callable[[Result], Iterator[Shown]]] = {
     **LENS_MAKERS,
     **EVAL_MAKERS,
     **HEAD_MAKERS,
+    **WEIGHT_MAKERS,
     **DIRECTION_MAKERS,
 }
 """By kind of result, in the order of the page."""
