@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from support import INDUCTION, MODELS, make_recipe, run
@@ -213,9 +213,10 @@ def test_heads_of_a_mixture_of_experts_have_singular_vectors(tmp_path):
     assert line["singular_value"] == pytest.approx(value, rel=1e-5)  # TransformerLens folds no norms of experts
 
 
-@given(st.integers(2, 9), st.integers(1, 5), st.integers(2, 9), st.integers(0, 99))
-def test_the_sign_is_that_of_the_largest_entry_of_the_right_vector_and_pairs_stay_pairs(n_left, n_inner, n_right, seed):
-    generator = torch.Generator().manual_seed(seed)
+@settings(deadline=None)
+@given(st.integers(2, 9), st.integers(1, 5), st.integers(2, 9))
+def test_the_sign_is_that_of_the_largest_entry_of_the_right_vector_and_pairs_stay_pairs(n_left, n_inner, n_right):
+    generator = torch.Generator().manual_seed(n_left + 10 * n_inner + 100 * n_right)
     A, B = (torch.randn(*shape, generator=generator) for shape in ((n_left, n_inner), (n_inner, n_right)))
     found, dense = singular_vectors(FactoredMatrix(A, B), 99), singular_vectors(A.double() @ B.double(), 99)
 
@@ -231,6 +232,7 @@ def test_the_sign_is_that_of_the_largest_entry_of_the_right_vector_and_pairs_sta
     torch.testing.assert_close(dense.values[:n_there], found.values[:n_there])
 
 
+@settings(deadline=None)
 @given(st.lists(st.lists(st.integers(-3, 3), min_size=6, max_size=6), min_size=0, max_size=4), st.integers(1, 9))
 def test_outermost_tokens_are_sorted_and_the_lower_id_comes_first_among_equals(rows, n_tokens):
     scores = torch.tensor(rows, dtype=torch.float32).reshape(-1, 6)
