@@ -39,7 +39,7 @@ def split_index(index: Index, shape: Sequence[int]) -> tuple[tuple[Any, ...], An
 
 def _keeping_axis(part: Any, length: int) -> Any:
     """Return an integer as a slice of length one; others as they are."""
-    if isinstance(part, slice | Sequence | bool) or getattr(part, "ndim", 0):
+    if isinstance(part, slice | Sequence | bool) or getattr(part, "ndim", 0) > 0:
         return part
     if part is None:
         raise IndexError("a new axis must stand before those of rows and columns")
