@@ -26,6 +26,7 @@ from actpipe.jobs.lens import (
     rows_of_split,
     translator_bytes,
 )
+from actpipe.label_choice import require_labels
 from actpipe.lenses import lens_of
 from actpipe.records import Finding
 from actpipe.stage import RunContext
@@ -47,6 +48,8 @@ class LogitLens:
         """Refuse models without a final norm, stores without the last stream, and translators that do not fit."""
         require_decoder(context, self.config)
         require_every_token(context, self.config)
+        if self.config.translators == "fit":
+            require_labels(context, self.config, [], "`translators: fit`")
         shape = context.spec.shape
         if not shape.final_norm or context.recipe.model.convention != "native":
             raise RecipeError(

@@ -16,6 +16,7 @@ from support import INDUCTION, MODELS, make_recipe, run
 
 from actpipe import FactoredMatrix, HookedModel, open_results
 from actpipe.compute.singular import outermost_tokens, singular_vectors
+from actpipe.describing import describe_run, verify_run
 from actpipe.errors import RecipeError
 
 FAMILIES = ["gpt2", "llama", "gemma2", "gpt_neox", "qwen3"]
@@ -253,3 +254,15 @@ def test_scores_of_weights_are_the_same_from_files_and_need_no_tokens(corpus, tm
 
     best = open_results(tmp_path / "run", "score_weights").table.iloc[0]
     assert (best["layer"], best["head"]) == (1, 0)
+
+
+def test_what_a_run_without_tokens_holds_is_told_with_its_results_and_shown_in_its_report(tmp_path):
+    stages = [{"stage": "interpret_weights"}, {"stage": "score_weights", "corpus": "other"}, {"stage": "write_report"}]
+    run(recipe_of(MODELS / "gpt2", *stages), tmp_path / "run")
+
+    told = {finding.title: finding.rows for finding in describe_run(tmp_path / "run")}
+    assert told["Corpus main"] == told["Corpus other"] == (("not tokenized",),)
+    assert told["Results of main"] == (("interpret_weights", "singular-vectors", "n_vectors 200"),)
+    assert told["Results of other"] == (("score_weights", "weights", "n_heads 8"),)
+    assert verify_run(tmp_path / "run")[0] == []
+    assert "No tokens; nothing was extracted." in (tmp_path / "run" / "report.html").read_text()

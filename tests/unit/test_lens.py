@@ -201,6 +201,16 @@ def test_what_cannot_be_looked_at_is_refused_before_anything_runs(tmp_path, extr
     assert not (tmp_path / "run").exists()
 
 
+def test_a_fit_needs_documents_to_hold_out_and_that_is_said_before_anything_runs(corpus, tmp_path):
+    recipe = make_recipe(corpus, hooks=["blocks.*.hook_resid_post"])
+    recipe["stages"][0]["compat"] = "tl2"
+    recipe["stages"].append({"stage": "logit_lens", "translators": "fit"})
+
+    with pytest.raises(ActpipeError, match="keeps no track of documents; leave out `translators: fit`"):
+        run(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_is_not_a_number_is_no_divergence_of_zero():
     final = torch.tensor([[0.5, 0.5, 0.0]]).log()
     logits = torch.tensor([[0.0, torch.nan, 0.0]])
