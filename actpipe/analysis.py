@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Compute = Callable[[ActivationStore, ResultWriter, Meter], Result]
 ComputeFromWeights = Callable[["Weights", ResultWriter], Result]
 
-_NOT_THE_NUMBERS = {"name", "corpus", "block_bytes", "stage"}
+_NOT_THE_NUMBERS = {"name", "corpus", "block_bytes", "max_bytes", "stage"}
 
 
 def result_name(config: AnalysisConfig) -> str:

@@ -9,6 +9,7 @@ from actpipe.schemas.direction_analyses import DescribeResidualConfig, FitDirect
 from actpipe.schemas.eval_analyses import CompareRunsConfig
 from actpipe.schemas.head_analyses import ScoreWeightsConfig
 from actpipe.schemas.lens_analyses import LogitLensConfig
+from actpipe.schemas.statistic_analyses import SummarizeActivationsConfig
 from actpipe.schemas.weight_analyses import InterpretWeightsConfig
 from pydantic import Field, PositiveInt
 
@@ -75,6 +76,7 @@ ANALYSES: tuple[type[AnalysisConfig], ...] = (
     CompareRunsConfig,
     ScoreWeightsConfig,
     InterpretWeightsConfig,
+    SummarizeActivationsConfig,
     DescribeResidualConfig,
     TopExamplesConfig,
     FitDirectionsConfig,

@@ -15,7 +15,8 @@ from actpipe.stores.arrays import StoredArray
 from actpipe.stores.dtypes import as_float32
 from actpipe.stores.reading import ActivationStore
 
-_FAN_IN = 16
+FAN_IN = 16
+"""How many answers of blocks are added up at a time."""
 _WORTH_A_BLOCK = 16 * 2**20
 """Bytes of a block from which on what Dask adds to it does not count."""
 
@@ -71,12 +72,14 @@ def require_arrays(store: ActivationStore, names: Iterable[str], what: str) -> N
 
 
 def even_blocks(store: ActivationStore, names: Sequence[str], block_bytes: int) -> list[RowBlock]:
-    """Cut a store into blocks whose arrays `names` take at most `block_bytes` in float32.
+    """Cut a store into blocks whose arrays take at most `block_bytes` in float32.
+
+    An array that `names` holds several times counts as often: as many copies of it have room.
 
     Where a part makes a block worth its while, none reaches over a part's end: it is then read without a copy.
     """
     arrays = {name: store.array(name) for name in names}
-    row_bytes = sum(4 * int(np.prod(array.manifest.row_shape, dtype=np.int64)) for array in arrays.values())
+    row_bytes = sum(4 * int(np.prod(arrays[name].manifest.row_shape, dtype=np.int64)) for name in names)
     size = max(1, block_bytes // max(1, row_bytes))
     part = store.manifest.rows_per_part
     span = part if size < part or part * row_bytes >= _WORTH_A_BLOCK else store.n_rows
@@ -92,7 +95,7 @@ def map_and_sum(
     blocks: Iterable[BlockT],
     done: Done = lambda _: None,
     *,
-    fan_in: int = _FAN_IN,
+    fan_in: int = FAN_IN,
 ) -> SumT:
     """Apply a function to every block and add the answers up, some at a time.
 

@@ -262,7 +262,7 @@ def test_what_a_run_without_tokens_holds_is_told_with_its_results_and_shown_in_i
 
     told = {finding.title: finding.rows for finding in describe_run(tmp_path / "run")}
     assert told["Corpus main"] == told["Corpus other"] == (("not tokenized",),)
-    assert told["Results of main"] == (("interpret_weights", "singular-vectors", "n_vectors 200"),)
+    assert told["Results of main"] == (("interpret_weights", "singular-vectors", "n_vectors 168"),)
     assert told["Results of other"] == (("score_weights", "weights", "n_heads 8"),)
     assert verify_run(tmp_path / "run")[0] == []
     assert "No tokens; nothing was extracted." in (tmp_path / "run" / "report.html").read_text()
