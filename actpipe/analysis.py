@@ -107,7 +107,7 @@ def require_mlps(context: RunContext, config: AnalysisConfig, layers: Iterable[i
     Raises:
         RecipeError: Says which analysis, which model and which layers.
     """
-    require_decoder(context, config)
+    require_sum(context, config)
     blocks = context.spec.shape.blocks
     lacking = [layer for layer in layers if blocks[layer].mlp not in ("plain", "gated")]
     if lacking:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from safetensors.torch import load_file
 from support import INDUCTION, MODELS, make_recipe, run
 
@@ -18,6 +19,8 @@ from actpipe import FactoredMatrix, HookedModel, open_results
 from actpipe.compute.singular import outermost_tokens, singular_vectors
 from actpipe.describing import describe_run, verify_run
 from actpipe.errors import RecipeError
+from actpipe.repairing import repair_run
+from actpipe.telemetry import Telemetry
 
 FAMILIES = ["gpt2", "llama", "gemma2", "gpt_neox", "qwen3"]
 """LayerNorm and a plain MLP; gated MLPs and shared keys; norms after branches; parallel blocks; norms of queries."""
@@ -266,3 +269,17 @@ def test_what_a_run_without_tokens_holds_is_told_with_its_results_and_shown_in_i
     assert told["Results of other"] == (("score_weights", "weights", "n_heads 8"),)
     assert verify_run(tmp_path / "run")[0] == []
     assert "No tokens; nothing was extracted." in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_damaged_result_of_a_run_without_tokens_is_computed_again(tmp_path):
+    expected = interpret(tmp_path / "run", "gpt2", n_vectors=2).table
+    path = tmp_path / "run" / "results" / "interpret_weights.parquet"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-9])
+
+    (problem,) = verify_run(tmp_path / "run")[0]
+    assert problem == f"results/interpret_weights.parquet: {len(whole) - 9} bytes, committed were {len(whole)}"
+    summary = repair_run(tmp_path / "run", telemetry=Telemetry(Console(quiet=True)))
+    assert (len(summary.mended), summary.left) == (1, ())
+    assert path.read_bytes() == whole
+    pd.testing.assert_frame_equal(open_results(tmp_path / "run", "interpret_weights").table, expected)
