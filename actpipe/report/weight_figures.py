@@ -12,6 +12,7 @@ from actpipe.records import Finding
 from actpipe.report.drawing import Plot, styled
 from actpipe.stores.results import Result
 
+_MATRICES = ("OV", "QK", "W_in", "W_out")
 _MOST_LEGEND = 14
 _TOKENS = 8
 """Tokens of either end in a line of the report."""
@@ -21,8 +22,9 @@ _VOCABULARY = {"W_U": "the unembedding W_U", "W_E": "the transposed embedding W_
 def _singular_vectors(result: Result) -> Iterator[Plot | Finding]:
     settings, table = result.record.settings, result.table
     n_shown = settings["shown"]
-    for name in map(str, result.dataset.data_vars):
-        which = name.removesuffix("_singular_value")
+    for which in _MATRICES:
+        if f"{which}_singular_value" not in result.dataset:
+            continue
         yield _spectrum(result, which)
         if isinstance(n_shown, int) and n_shown:
             where = _VOCABULARY[str(settings["vocabulary"])]
