@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from actpipe.errors import RecipeError
+from actpipe.errors import ModelLoadError, RecipeError, UnsupportedModelError
 from actpipe.schemas.base import AnalysisConfig
 from actpipe.schemas.recipe import ExtractActivationsConfig
 from actpipe.schemas.results import ResultRecord
@@ -15,11 +15,12 @@ from actpipe.stores.results import Result, ResultWriter, current_result
 from actpipe.telemetry import Meter
 
 if TYPE_CHECKING:
-    from actpipe.models.hooked_model import HookedModel
+    from actpipe.models.weights import Weights
 
 Compute = Callable[[ActivationStore, ResultWriter, Meter], Result]
+ComputeFromWeights = Callable[["Weights", ResultWriter], Result]
 
-_NOT_THE_NUMBERS = {"name", "corpus", "block_bytes", "stage"}
+_NOT_THE_NUMBERS = {"name", "corpus", "block_bytes", "max_bytes", "stage"}
 
 
 def result_name(config: AnalysisConfig) -> str:
@@ -49,14 +50,29 @@ def run_analysis(
         return compute(store, ResultWriter(folder, wanted), meter)
 
 
-def run_on_weights(
-    context: RunContext, config: AnalysisConfig, kind: str, compute: Callable[[HookedModel, ResultWriter], Result]
-) -> Result:
-    """Return a result that needs the model's weights and no store; see `run_analysis`."""
-    folder = context.corpus(config)
+def run_on_weights(context: RunContext, config: AnalysisConfig, kind: str, compute: ComputeFromWeights) -> Result:
+    """Return a result that needs the model's weights and no store; see `run_analysis`.
+
+    Weights are read from the model's files when they are asked for. Where the files do not hold them as they are, such
+    as quantised ones, the model is loaded.
+    """
+    from actpipe.models.checkpoint import open_weights
+
+    folder, source = context.corpus(config), context.spec.source
     wanted = _record(config, kind, context.spec.identity.fingerprint, {})
     found = current_result(folder, wanted)
-    return compute(context.model, ResultWriter(folder, wanted)) if found is None else found
+    if found is not None:
+        return found
+    try:
+        weights = open_weights(
+            source.name,
+            revision=source.revision,
+            dtype=context.recipe.model.dtype,
+            trust_remote_code=source.trust_remote_code,
+        )
+        return compute(weights, ResultWriter(folder, wanted))
+    except (ModelLoadError, UnsupportedModelError):
+        return compute(context.model.weights, ResultWriter(folder, wanted))
 
 
 def _record(config: AnalysisConfig, kind: str, fingerprint: str, more: Mapping[str, object]) -> ResultRecord:
@@ -82,6 +98,23 @@ def require_circuits(context: RunContext, config: AnalysisConfig) -> None:
         raise RecipeError(
             f"{result_name(config)} reads W_Q, W_K, W_V and W_O of every head of a decoder, and this "
             f"{context.spec.anatomy.family.name} model does not have them in every layer; leave the stage out"
+        )
+
+
+def require_mlps(context: RunContext, config: AnalysisConfig, layers: Iterable[int]) -> None:
+    """Refuse an analysis of the weights of MLPs where a layer has no such weights.
+
+    Raises:
+        RecipeError: Says which analysis, which model and which layers.
+    """
+    require_sum(context, config)
+    blocks = context.spec.shape.blocks
+    lacking = [layer for layer in layers if blocks[layer].mlp not in ("plain", "gated")]
+    if lacking:
+        raise RecipeError(
+            f"{result_name(config)} reads W_in and W_out, which this {context.spec.anatomy.family.name} model does not "
+            f"have in layers {', '.join(map(str, lacking))}; name other `layers`, or leave W_in and W_out out of "
+            "`matrices`"
         )
 
 

@@ -62,16 +62,7 @@ def describe_tokens(table: TokenTable) -> Finding:
 
 def describe_corpus(name: str, folder: RunFolder) -> list[Finding]:
     """Say what one corpus of a run holds."""
-    if not TokenTable.exists(folder):
-        return [Finding(f"Corpus {name}", ("",), (("not tokenized yet",),))]
-    tokens = TokenTable(folder).manifest
-    rows = [
-        ("dataset", tokens.dataset),
-        ("documents", f"{tokens.n_documents:,} {dict(tokens.status_counts)}"),
-        ("sequences", f"{tokens.n_sequences:,} ({tokens.layout}, context {tokens.context_length})"),
-        ("tokens", f"{tokens.n_rows:,}"),
-    ]
-    findings = [Finding(f"Corpus {name}", ("", ""), tuple(rows))]
+    findings = [_describe_table(name, folder)]
     if folder.has_store:
         findings.append(_describe_store(name, folder))
         findings += describe_fidelity(ActivationStore(folder))
@@ -80,6 +71,19 @@ def describe_corpus(name: str, folder: RunFolder) -> list[Finding]:
         shown = tuple((r.record.name, r.record.kind, _numbers(r.record.summary)) for r in results)
         findings.append(Finding(f"Results of {name}", ("name", "kind", "summary"), shown))
     return findings
+
+
+def _describe_table(name: str, folder: RunFolder) -> Finding:
+    if not TokenTable.exists(folder):
+        return Finding(f"Corpus {name}", ("",), (("not tokenized",),))
+    tokens = TokenTable(folder).manifest
+    rows = (
+        ("dataset", tokens.dataset),
+        ("documents", f"{tokens.n_documents:,} {dict(tokens.status_counts)}"),
+        ("sequences", f"{tokens.n_sequences:,} ({tokens.layout}, context {tokens.context_length})"),
+        ("tokens", f"{tokens.n_rows:,}"),
+    )
+    return Finding(f"Corpus {name}", ("", ""), rows)
 
 
 def _describe_store(name: str, folder: RunFolder) -> Finding:

@@ -21,20 +21,21 @@ def require_labels(context: RunContext, config: AnalysisConfig, columns: Iterabl
         columns: The labels; without any, only whether the corpus keeps track of documents is looked at.
         keys: What of the analysis asks for them, for errors.
 
-
     Raises:
         RecipeError: Says which columns there are, or why there is none.
     """
     name, tokenizing = result_name(config), context.settings_of(TokenizeTextConfig, config.corpus)
-    if tokenizing is not None and tokenizing.compat != "none":
+    folder = context.corpus(config)
+    table = TokenTable(folder) if TokenTable.exists(folder) else None
+    planned = "none" if tokenizing is None else tokenizing.compat
+    if {"tl2", "tl3"} & {planned, "none" if table is None else table.manifest.layout}:
         raise RecipeError(
             f"{name}: the corpus {config.corpus!r} is tokenized as TransformerLens does, which keeps no track of "
             f"documents; leave out {keys}, or `compat`"
         )
     known: tuple[str, ...] | None = None
-    folder = context.corpus(config)
-    if TokenTable.exists(folder):
-        known = TokenTable(folder).document_columns
+    if table is not None:
+        known = table.document_columns
     elif tokenizing is not None and tokenizing.keep_columns != "all":
         known = () if tokenizing.keep_columns == "none" else tokenizing.keep_columns
     for column in columns:

@@ -15,6 +15,8 @@ from actpipe.schemas.head_analyses import (
     ScoreWeightsConfig,
 )
 from actpipe.schemas.lens_analyses import LogitLensConfig
+from actpipe.schemas.statistic_analyses import SummarizeActivationsConfig
+from actpipe.schemas.weight_analyses import InterpretWeightsConfig
 from pydantic import PositiveInt
 
 
@@ -40,6 +42,8 @@ ANALYSES: tuple[type[AnalysisConfig], ...] = (
     LogitLensConfig,
     CompareRunsConfig,
     ScoreWeightsConfig,
+    InterpretWeightsConfig,
+    SummarizeActivationsConfig,
     DescribeResidualConfig,
     TopExamplesConfig,
     FitDirectionsConfig,

@@ -17,8 +17,9 @@ class LogitLensConfig(AnalysisConfig):
     has at that token, as `accumulated_resid(apply_ln=True)` of TransformerLens does."""
     translators: Literal["fit"] | NonEmpty | None = None
     """A tuned lens: `fit` fits an affine map from each residual stream to the last one, on the training documents, and
-    the numbers are those of the others; or a safetensors file with `NAME.weight (d_model, d_model)` and
-    `NAME.bias (d_model,)`, `NAME` being `0_pre`, `1_pre`, ... and rows being multiplied from the left: `x W + b`."""
+    the numbers are those of the others; or a safetensors file, such as a fit leaves in `translators.safetensors` among
+    its result's files, with `NAME.weight (d_model, d_model)` and `NAME.bias (d_model,)`, `NAME` being `0_pre`, `1_pre`,
+    ... and rows being multiplied from the left: `x W + b`."""
     ridge: Annotated[float, Field(ge=0)] = 1e-6
     """Penalty of the fit, as a share of the mean variance of a channel."""
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2

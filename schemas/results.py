@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
-from actpipe.schemas.base import Contract, Name
-from pydantic import Field
+from actpipe.schemas.base import Contract, Name, NonEmpty, Without
+from actpipe.schemas.commit import Crc32c
+from pydantic import Field, NonNegativeInt
 
 
-class ResultRecord(Contract):
+class FileRecord(Contract):
+    """One file of a result."""
+
+    path: NonEmpty
+    """Relative to the folder `results`: `logit_lens.zarr/mean/c/0/0/0`."""
+    n_bytes: NonNegativeInt
+    crc32c: Crc32c
+    """CRC-32C (Castagnoli) of the whole file."""
+
+
+class ResultRecord(Without):
     """One result: its files, and what made it. Written last, so its presence means that the result is whole."""
+
+    without: ClassVar = {"files": ()}
 
     schema_version: Literal[1] = 1
     name: Name
@@ -25,3 +38,5 @@ class ResultRecord(Contract):
     """File name of the table (Parquet), if any."""
     summary: dict[str, float | int | str] = Field(default_factory=dict)
     """The few numbers worth a line."""
+    files: tuple[FileRecord, ...] = ()
+    """Every file of the result, by path; none in records of earlier releases, whose files can only be missed."""

@@ -19,6 +19,7 @@ from actpipe.compute.grouping import GroupSums
 from actpipe.compute.intervals import ClusterIntervals, cluster_intervals
 from actpipe.errors import RecipeError
 from actpipe.jobs.comparing import compare_stores, require_same_tokens, shared_arrays
+from actpipe.label_choice import require_labels
 from actpipe.records import Finding
 from actpipe.stage import RunContext
 from actpipe.stores.layout import RunFolder
@@ -36,8 +37,10 @@ class CompareRuns:
     gives: ClassVar[str] = "results"
 
     def check(self, context: RunContext) -> None:
-        """Refuse a run that is not there or not finished, and stores of different tokens where both are there."""
+        """Refuse a run that is not there, clusters of documents that no one knows, and stores of different tokens."""
         theirs, ours = self._against(context), context.corpus(self.config)
+        if self.config.cluster == "document":
+            require_labels(context, self.config, [], "`cluster: document` by setting `cluster: sequence`")
         made_here = self.config.against_run is None and (
             context.settings_of(ExtractActivationsConfig, self.config.against_corpus) is not None
         )

@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
-import torch
 import xarray as xr
 from actpipe.schemas.lens_analyses import LogitLensConfig
 
@@ -18,16 +17,20 @@ from actpipe.compute.lens import LENS_METRICS
 from actpipe.errors import RecipeError
 from actpipe.jobs.lens import (
     SCALE,
+    TRANSLATORS,
     Translators,
     fit_translators,
     lens_streams,
     look_through_lens,
     read_translators,
     rows_of_split,
+    translator_bytes,
 )
+from actpipe.label_choice import require_labels
 from actpipe.lenses import lens_of
 from actpipe.records import Finding
 from actpipe.stage import RunContext
+from actpipe.stores.layout import sha256_of
 from actpipe.stores.reading import ActivationStore
 from actpipe.stores.results import Result, ResultWriter, labels
 from actpipe.telemetry import Meter
@@ -45,6 +48,8 @@ class LogitLens:
         """Refuse models without a final norm, stores without the last stream, and translators that do not fit."""
         require_decoder(context, self.config)
         require_every_token(context, self.config)
+        if self.config.translators == "fit":
+            require_labels(context, self.config, [], "`translators: fit`")
         shape = context.spec.shape
         if not shape.final_norm or context.recipe.model.convention != "native":
             raise RecipeError(
@@ -64,14 +69,16 @@ class LogitLens:
         def compute(store: ActivationStore, writer: ResultWriter, meter: Meter) -> Result:
             return self._compute(context, store, writer, meter)
 
-        context.findings.append(_describe(run_analysis(context, self.config, "lens", compute)))
+        file = self._file(context)
+        more = {} if file is None else {"translators_sha256": sha256_of(file)}
+        context.findings.append(_describe(run_analysis(context, self.config, "lens", compute, more)))
 
     def _file(self, context: RunContext) -> Path | None:
         wanted = self.config.translators
         return None if wanted in (None, "fit") else context.base / Path(str(wanted)).expanduser()
 
     def _compute(self, context: RunContext, store: ActivationStore, writer: ResultWriter, meter: Meter) -> Result:
-        config, arrays, choose = self.config, dict[str, Any](), None
+        config, files, choose = self.config, dict[str, bytes](), None
         translators: Translators = {}
         if config.translators == "fit":
 
@@ -86,7 +93,7 @@ class LogitLens:
                 done=meter.advance,
             )
             choose = side(validation=True)
-            arrays = _translator_arrays(translators)
+            files[TRANSLATORS] = translator_bytes(translators)
         elif (file := self._file(context)) is not None:
             streams = lens_streams(set(store.hook_names), store.shape.n_layers)
             translators = read_translators(file, list(streams), store.shape.d_model)
@@ -100,20 +107,11 @@ class LogitLens:
             done=meter.advance,
         )
         return writer.commit(
-            dataset=_dataset(sums, streams_seen).assign(arrays),
+            dataset=_dataset(sums, streams_seen),
             table=_table(sums, streams_seen),
             summary={"n_rows": int(sums.over_all().count[0, -1])},
+            files=files,
         )
-
-
-def _translator_arrays(translators: Translators) -> dict[str, Any]:
-    return {
-        "translator_weight": (
-            ("translated", "d_model", "d_model_out"),
-            torch.stack([weight for weight, _ in translators.values()]).numpy(),
-        ),
-        "translator_bias": (("translated", "d_model_out"), torch.stack([b for _, b in translators.values()]).numpy()),
-    }
 
 
 def _dataset(sums: GroupSums, streams: list[str]) -> xr.Dataset:
@@ -139,5 +137,7 @@ def _describe(result: Result) -> Finding:
         (str(row.stream), f"{row.loss:.3f}", f"{row.rank:,.1f}", f"{row.agreement:.1%}", f"{row.kl:.3f}")
         for row in result.table.itertuples()
     )
-    title = "Tuned lens, held-out documents" if "translator_bias" in result.dataset else "Logit lens"
-    return Finding(f"{title}: {result.record.corpus}", ("stream", "loss", "rank", "agreement", "KL"), rows)
+    fitted = result.record.settings["translators"] == "fit"
+    title = "Tuned lens, held-out documents" if fitted else "Logit lens"
+    note = f"translators are in {result.files.name}" if fitted else ""
+    return Finding(f"{title}: {result.record.corpus}", ("stream", "loss", "rank", "agreement", "KL"), rows, note=note)

@@ -11,44 +11,30 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-import xarray as xr
 from actpipe.schemas.reducing import ReduceActivationsConfig
 from actpipe.schemas.results import ResultRecord
 
-from actpipe.compute.accumulators import Arrays, Histogram
-from actpipe.compute.heads import MEASURES
+from actpipe.compute.accumulators import Arrays
 from actpipe.extraction.deriving import Derivation, captured_hooks, plan_derivations
 from actpipe.extraction.keeping import settle_rows
 from actpipe.extraction.proof import prove_hooks
-from actpipe.extraction.reducing import PartialSums, Reduced, ReducingWorker, check_statistics, merge_all, reduced_of
+from actpipe.extraction.reducing import PartialSums, ReducingWorker, check_statistics, merge_all, reduced_of
 from actpipe.extraction.settling import check_batch_tokens, settle_batch_tokens
 from actpipe.hooks import HookPoint
 from actpipe.model_inputs import inputs_of, special_token_ids
 from actpipe.planning import plan_parts
 from actpipe.records import Finding, Part
+from actpipe.reduction_results import reduction_dataset
 from actpipe.stage import RunContext
 from actpipe.stores.claims import BATCH_SIZE, alone_at
 from actpipe.stores.kept_rows import KeptRows
 from actpipe.stores.layout import RunFolder
-from actpipe.stores.results import Result, ResultWriter, current_result, labels
+from actpipe.stores.results import Result, ResultWriter, current_result
 from actpipe.stores.token_table import TokenTable
 from actpipe.stores.writing import missing_parts
 from actpipe.telemetry import Meter
 
 _NOT_THE_NUMBERS = {"name", "corpus", "stage", "max_bytes"}
-_AXES: dict[str, tuple[str, ...]] = {
-    "count": (),
-    "covariance": ("channel", "other_channel"),
-    "bin_edge": ("edge",),
-    "bin_count": ("bin",),
-    "quantile": ("level",),
-    "token": ("token",),
-    "token_count": ("token",),
-    "position": ("position",),
-    "position_count": ("position",),
-}
-_LEADING = {"top_": "rank", "mean_by_token": "token", "mean_by_position": "position"}
-"""Axis before those of the activation, by how the statistic's name begins."""
 
 
 @dataclass(frozen=True)
@@ -156,48 +142,15 @@ class ReduceActivations:
 
     def _commit(self, context: RunContext, writer: ResultWriter, arrays: dict[str, Arrays]) -> Result:
         length = inputs_of(context, self.config.corpus).context_length
-        variables: dict[str, tuple[tuple[str, ...], np.ndarray]] = {}
-        for one in reduced_of(self._points(context), self._derivations(context), context.spec.shape, length):
-            for name, values in arrays.get(one.name, {}).items():
-                variables[f"{one.name}.{name}"] = _labelled(name, values, one)
-        dataset = xr.Dataset(_with_sizes(variables))
-        known = {"measure": labels(list(MEASURES)), "level": np.array(Histogram().levels)}
-        dataset = dataset.assign_coords({axis: values for axis, values in known.items() if axis in dataset.dims})
-        hooks = {name.rsplit(".", 1)[0] for name in variables}
-        return writer.commit(dataset=dataset, summary={"n_hooks": len(hooks)})
+        reduced = reduced_of(self._points(context), self._derivations(context), context.spec.shape, length)
+        dataset = reduction_dataset(arrays, reduced)
+        return writer.commit(dataset=dataset, summary={"n_hooks": len(arrays)})
 
 
 def _digest(wanted: ResultRecord, tokens: TokenTable) -> str:
     """Return a name for parts that belong together: of one model, one token table and one set of settings."""
     identity = [wanted.settings, wanted.model_fingerprint, tokens.manifest.checksums]
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def _labelled(name: str, values: np.ndarray, reduced: Reduced) -> tuple[tuple[str, ...], np.ndarray]:
-    """Return a statistic with the names of its axes, channels laid out as in the activation."""
-    if name in _AXES:
-        return _AXES[name], values
-    if name.startswith("score_"):
-        return ("head", "measure"), values
-    leading = next((axis for start, axis in _LEADING.items() if name.startswith(start)), None)
-    if leading is not None:
-        return (leading, *reduced.axes), values.reshape(-1, *reduced.shape)
-    return reduced.axes, values.reshape(reduced.shape)
-
-
-def _with_sizes(
-    variables: dict[str, tuple[tuple[str, ...], np.ndarray]],
-) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
-    """Return them with the size in the name of an axis that another variable has with another size."""
-    sizes: dict[str, int] = {}
-    named = {}
-    for name, (axes, values) in variables.items():
-        dims = [
-            axis if sizes.setdefault(axis, size) == size else f"{axis}_{size}"
-            for axis, size in zip(axes, values.shape, strict=True)
-        ]
-        named[name] = (tuple(dims), values)
-    return named
 
 
 def _describe(result: Result) -> Finding:

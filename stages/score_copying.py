@@ -13,8 +13,8 @@ from actpipe.schemas.head_analyses import ScoreCopyingConfig
 from actpipe.analysis import require_every_token, require_hooks, require_sum, result_name, run_analysis
 from actpipe.compute.copying import MEASURES
 from actpipe.errors import RecipeError
+from actpipe.jobs.attribution_targets import SCALE
 from actpipe.jobs.copying import copying_arrays, score_store_copying
-from actpipe.jobs.lens import SCALE
 from actpipe.records import Finding
 from actpipe.stage import RunContext
 from actpipe.stores.reading import ActivationStore

@@ -12,8 +12,8 @@ from actpipe.schemas.head_analyses import ScoreWeightsConfig
 
 from actpipe.analysis import require_circuits, run_on_weights
 from actpipe.compute.circuits import MODES
-from actpipe.models.circuits import open_circuits, score_circuits, score_compositions
-from actpipe.models.hooked_model import HookedModel
+from actpipe.models.circuits import Circuits, open_circuits, score_circuits, score_compositions
+from actpipe.models.weights import Weights
 from actpipe.records import Finding
 from actpipe.stage import RunContext
 from actpipe.stores.results import Result, ResultWriter, labels
@@ -26,7 +26,7 @@ class ScoreWeights:
     """Say which heads copy, which match, and which compose, from their weights alone."""
 
     config: ScoreWeightsConfig
-    needs: ClassVar[tuple[str, ...]] = ("token_table",)
+    needs: ClassVar[tuple[str, ...]] = ()
     gives: ClassVar[str] = "results"
 
     def check(self, context: RunContext) -> None:
@@ -35,11 +35,13 @@ class ScoreWeights:
 
     def run(self, context: RunContext) -> None:
         """Compute the scores, unless they are there."""
-        result = run_on_weights(context, self.config, "weights", self._compute)
-        context.findings.append(_describe(result))
 
-    def _compute(self, model: HookedModel, writer: ResultWriter) -> Result:
-        circuits = open_circuits(model.weights, model.shape, processed=self.config.processed)
+        def compute(weights: Weights, writer: ResultWriter) -> Result:
+            return self._compute(open_circuits(weights, context.spec.shape, processed=self.config.processed), writer)
+
+        context.findings.append(_describe(run_on_weights(context, self.config, "weights", compute)))
+
+    def _compute(self, circuits: Circuits, writer: ResultWriter) -> Result:
         scores = {
             name: values.double().numpy()
             for name, values in score_circuits(circuits, n_tokens=self.config.n_tokens).items()

@@ -8,6 +8,7 @@ Source:
 from __future__ import annotations
 
 from functools import cached_property
+from numbers import Real
 from typing import Any
 
 import torch
@@ -32,12 +33,7 @@ class FactoredMatrix:
     def __init__(self, A: Float[torch.Tensor, "..."], B: Float[torch.Tensor, "..."]) -> None:
         if A.ndim < 2 or B.ndim < 2 or A.shape[-1] != B.shape[-2]:
             raise ValueError(f"factors of the shapes {tuple(A.shape)} and {tuple(B.shape)} have no product")
-        try:
-            leading = torch.broadcast_shapes(A.shape[:-2], B.shape[:-2])  # type: ignore[no-untyped-call]
-        except RuntimeError as error:
-            raise ValueError(
-                f"leading dimensions of {tuple(A.shape)} and {tuple(B.shape)} cannot be broadcast"
-            ) from error
+        leading = _joint_leading(A.shape, B.shape)
         self.A = A.broadcast_to((*leading, *A.shape[-2:]))
         self.B = B.broadcast_to((*leading, *B.shape[-2:]))
         self.ldim, self.mdim, self.rdim = A.shape[-2], A.shape[-1], B.shape[-1]
@@ -86,8 +82,9 @@ class FactoredMatrix:
             return (self @ other.A) @ other.B
         if not isinstance(other, torch.Tensor):
             return NotImplemented
-        if other.shape[-2:][0] != self.rdim:
+        if other.ndim == 0 or other.shape[-2:][0] != self.rdim:
             raise ValueError(f"cannot multiply {tuple(self.shape)} by {tuple(other.shape)}")
+        _joint_leading(self.shape, other.shape)
         if other.ndim < 2:
             return (self.A @ (self.B @ other.unsqueeze(-1))).squeeze(-1)
         return FactoredMatrix(self.A, self.B @ other) if self.rdim > self.mdim else FactoredMatrix(self.AB, other)
@@ -96,8 +93,9 @@ class FactoredMatrix:
         """Multiply from the left by a vector or a matrix; see `__matmul__`."""
         if not isinstance(other, torch.Tensor):
             return NotImplemented
-        if other.shape[-1] != self.ldim:
+        if other.ndim == 0 or other.shape[-1] != self.ldim:
             raise ValueError(f"cannot multiply {tuple(other.shape)} by {tuple(self.shape)}")
+        _joint_leading(other.shape, self.shape)
         if other.ndim < 2:
             return ((other.unsqueeze(-2) @ self.A) @ self.B).squeeze(-2)
         return FactoredMatrix(other @ self.A, self.B) if self.ldim > self.mdim else FactoredMatrix(other, self.AB)
@@ -106,9 +104,10 @@ class FactoredMatrix:
         """Multiply by a number, or by a tensor of one element."""
         if isinstance(scalar, torch.Tensor) and scalar.numel() != 1:
             raise ValueError(f"`*` takes a scalar, not a tensor of shape {tuple(scalar.shape)}; use `@`")
-        if not isinstance(scalar, torch.Tensor | int | float):
+        if not isinstance(scalar, torch.Tensor | Real):
             return NotImplemented
-        return FactoredMatrix(self.A * (scalar.reshape(()) if isinstance(scalar, torch.Tensor) else scalar), self.B)
+        factor = scalar.reshape(()) if isinstance(scalar, torch.Tensor) else float(scalar)
+        return FactoredMatrix(self.A * factor, self.B)
 
     __rmul__ = __mul__
 
@@ -116,16 +115,16 @@ class FactoredMatrix:
         """Index leading dimensions, then rows, then columns; an integer row or column keeps its axis, of length 1.
 
         Raises:
-            IndexError: More indices than dimensions.
+            IndexError: More indices than dimensions, or an integer beyond them.
         """
-        leading, row, column = split_index(index, self.ndim)
+        leading, row, column = split_index(index, self.shape)
         return FactoredMatrix(select_rows(self.A, leading, row), select_columns(self.B, leading, column))
 
     @cached_property
     def _svd(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        U_a, S_a, V_a = _reduced_svd(self.A)
-        U_b, S_b, V_b = _reduced_svd(self.B)
-        U_m, S_m, V_m = _reduced_svd(S_a[..., :, None] * (V_a.mT @ U_b) * S_b[..., None, :])
+        U_a, S_a, V_a = reduced_svd(self.A)
+        U_b, S_b, V_b = reduced_svd(self.B)
+        U_m, S_m, V_m = reduced_svd(S_a[..., :, None] * (V_a.mT @ U_b) * S_b[..., None, :])
         return U_a @ U_m, S_m, V_b @ V_m
 
     def svd(
@@ -156,7 +155,7 @@ class FactoredMatrix:
     @property
     def eigenvalues(self) -> Complex[torch.Tensor, "*leading mdim"]:
         """Eigenvalues of the product, without the zeros beyond the inner dimension."""
-        return torch.linalg.eigvals(self.BA)
+        return torch.linalg.eigvals(_wide(self.BA))
 
     def norm(self) -> Float[torch.Tensor, "*leading"]:
         """Return the Frobenius norm."""
@@ -181,15 +180,43 @@ class FactoredMatrix:
         return corner[tuple(slice(k) for _ in range(corner.ndim))]
 
     def unsqueeze(self, k: int) -> FactoredMatrix:
-        """Return it with a new leading dimension at `k`."""
+        """Return it with a new leading dimension at `k`.
+
+        Raises:
+            ValueError: `k` is no place before the rows.
+        """
+        if not 0 <= k <= self.ndim - 2:
+            raise ValueError(f"a matrix of {self.ndim - 2} leading dimensions takes no new one at {k}")
         return FactoredMatrix(self.A.unsqueeze(k), self.B.unsqueeze(k))
 
     def __repr__(self) -> str:
         return f"FactoredMatrix: Shape({self.shape}), Hidden Dim({self.mdim})"
 
 
-def _reduced_svd(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return `U`, `S` and `V` (not transposed), in at least float32."""
-    wide = matrix if matrix.dtype in (torch.float32, torch.float64) else matrix.float()
-    U, S, Vh = torch.linalg.svd(wide, full_matrices=False)
+def reduced_svd(
+    matrix: Float[torch.Tensor, "*leading left right"],
+) -> tuple[
+    Float[torch.Tensor, "*leading left rank"],
+    Float[torch.Tensor, "*leading rank"],
+    Float[torch.Tensor, "*leading right rank"],
+]:
+    """Return `U`, `S` and `V`, not transposed, with `matrix = U diag(S) V.T`, in at least float32."""
+    U, S, Vh = torch.linalg.svd(_wide(matrix), full_matrices=False)
     return U, S, Vh.mT
+
+
+def _wide(matrix: torch.Tensor) -> torch.Tensor:
+    """Return a matrix in a type that it can be decomposed in."""
+    return matrix if matrix.dtype in (torch.float32, torch.float64) else matrix.float()
+
+
+def _joint_leading(left: torch.Size, right: torch.Size) -> tuple[int, ...]:
+    """Return the leading dimensions of both together.
+
+    Raises:
+        ValueError: They cannot be broadcast.
+    """
+    try:
+        return tuple(torch.broadcast_shapes(left[:-2], right[:-2]))  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        raise ValueError(f"leading dimensions of {tuple(left)} and {tuple(right)} cannot be broadcast") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,16 +12,17 @@ Index = Any
 """What stands in square brackets: integers, slices, tensors, `None` and `...`, or a tuple of them."""
 
 
-def split_index(index: Index, ndim: int) -> tuple[tuple[Any, ...], Any, Any]:
+def split_index(index: Index, shape: Sequence[int]) -> tuple[tuple[Any, ...], Any, Any]:
     """Return the index of the leading dimensions, of the rows and of the columns.
 
     Args:
         index: What stood in the brackets.
-        ndim: Dimensions of the matrix, leading ones included.
+        shape: Of the matrix, leading dimensions included.
 
     Raises:
-        IndexError: More indices than dimensions.
+        IndexError: More indices than dimensions, a row or column that there is not, or a new axis after them.
     """
+    ndim = len(shape)
     parts = index if isinstance(index, tuple) else (index,)
     length = sum(part is not None and part is not Ellipsis for part in parts)
     if length > ndim:
@@ -32,14 +34,19 @@ def split_index(index: Index, ndim: int) -> tuple[tuple[Any, ...], Any, Any]:
     n_matrix = max(0, length - (ndim - 2))
     leading, matrix = parts[: len(parts) - n_matrix], parts[len(parts) - n_matrix :]
     row, column = (*matrix, slice(None), slice(None))[:2]
-    return leading, _keeping_axis(row), _keeping_axis(column)
+    return leading, _keeping_axis(row, shape[-2]), _keeping_axis(column, shape[-1])
 
 
-def _keeping_axis(part: Any) -> Any:
+def _keeping_axis(part: Any, length: int) -> Any:
     """Return an integer as a slice of length one; others as they are."""
-    if isinstance(part, int) and not isinstance(part, bool):
-        return slice(part, part + 1 or None)
-    return part
+    if isinstance(part, slice | Sequence | bool) or getattr(part, "ndim", 0) > 0:
+        return part
+    if part is None:
+        raise IndexError("a new axis must stand before those of rows and columns")
+    number = int(part)
+    if not -length <= number < length:
+        raise IndexError(f"index {number} is out of bounds for an axis of length {length}")
+    return slice(number, number + 1 or None)
 
 
 def select_rows(A: Float[torch.Tensor, "..."], leading: tuple[Any, ...], row: Any) -> Float[torch.Tensor, "..."]:

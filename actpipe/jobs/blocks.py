@@ -17,7 +17,8 @@ from actpipe.stores.arrays import StoredArray
 from actpipe.stores.dtypes import as_float32
 from actpipe.stores.reading import ActivationStore
 
-_FAN_IN = 16
+FAN_IN = 16
+"""How many answers of blocks are added up at a time."""
 _WORTH_A_BLOCK = 16 * 2**20
 """Bytes of a block from which on what Dask adds to it does not count."""
 
@@ -140,7 +141,7 @@ def map_and_sum(
     blocks: Iterable[BlockT],
     done: Done = lambda _: None,
     *,
-    fan_in: int = _FAN_IN,
+    fan_in: int = FAN_IN,
 ) -> SumT:
     """Apply a function to every block and add the answers up, some at a time.
 

@@ -11,8 +11,8 @@ import numpy.typing as npt
 from actpipe.compute.copying import CopyingSums, CopyingWeights, score_copying
 from actpipe.compute.heads import counted_pairs
 from actpipe.hooks import ModelShape
+from actpipe.jobs.attribution_targets import SCALE
 from actpipe.jobs.blocks import Done, RowBlock, require_arrays
-from actpipe.jobs.lens import SCALE
 from actpipe.jobs.sequences import sum_over_sequences
 from actpipe.records import Sequence
 from actpipe.stores.reading import ActivationStore

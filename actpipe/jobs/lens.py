@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 
 from actpipe.compute.attribution import next_tokens
 from actpipe.compute.grouping import GroupSums, sum_by_group
@@ -22,6 +22,8 @@ from actpipe.stores.reading import ActivationStore
 SCALE = "ln_final.hook_scale"
 LOGITS_AT_ONCE = 2**23
 """Most logits of one layer computed together: 32 MiB of float32, whatever the vocabulary."""
+TRANSLATORS = "translators.safetensors"
+"""Name of the file of fitted translators."""
 _TOKENS = ["tokens/input_ids", "tokens/sequence", "tokens/position"]
 
 Translators = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
@@ -162,6 +164,12 @@ def fit_translators(
         label: (torch.from_numpy(maps[number]).float(), torch.from_numpy(biases[number]).float())
         for number, label in enumerate(list(streams)[:-1])
     }
+
+
+def translator_bytes(translators: Translators) -> bytes:
+    """Return a file that `read_translators` reads."""
+    pairs = ((label, zip(("weight", "bias"), pair, strict=True)) for label, pair in translators.items())
+    return save({f"{label}.{name}": tensor.contiguous() for label, pair in pairs for name, tensor in pair})
 
 
 def read_translators(path: Path, labels: Iterable[str], d_model: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -11,12 +11,12 @@ import torch
 
 from actpipe.compute.accumulators import Accumulator, Arrays, Extremes, MeanBy, Moments, RowTokens, State, TopRows
 from actpipe.compute.geometry import row_norms
+from actpipe.jobs.accumulating import TOKEN, accumulate
 from actpipe.jobs.blocks import Done, RowBlock, even_blocks, map_and_sum
 from actpipe.jobs.geometry import flat_rows
 from actpipe.stores.directions import Directions
 from actpipe.stores.reading import ActivationStore
 
-_TOKEN = "tokens/input_ids"
 _VALUE_BYTES = 48
 """Room of one value of one unit: as it is, in float64 twice, and sorted."""
 _SHARE = 8
@@ -87,16 +87,6 @@ class Units:
         found = np.zeros((block.n_rows, len(wanted) + 1), np.float32)
         found[np.arange(block.n_rows)[:, None], column[places]] = values + 0.0
         return found[:, :-1]
-
-
-@dataclass(frozen=True)
-class _Sums:
-    states: Mapping[str, State]
-    accumulators: Mapping[str, Accumulator]
-
-    def __add__(self, other: _Sums) -> _Sums:
-        merged = {name: one.merge(self.states[name], other.states[name]) for name, one in self.accumulators.items()}
-        return _Sums(merged, self.accumulators)
 
 
 @dataclass(frozen=True)
@@ -172,33 +162,20 @@ def measure_units(
     accumulators = measures.accumulators
     pieces = []
     for start in range(0, len(wanted), at_once):
-        sums = _one_pass(store, units, wanted[start : start + at_once], accumulators, block_bytes, done)
-        piece = {name: one.finish(sums.states[name]) for name, one in accumulators.items()}
+        some = wanted[start : start + at_once]
+        blocks = _blocks(store, units, len(some), block_bytes)
+        piece = accumulate(blocks, partial(units.read, wanted=some), accumulators, done)
         if measures.tokens:
             piece["tokens"] = _ends(piece["tokens"], measures)
         pieces.append(piece)
     return {name: _side_by_side([piece[name] for piece in pieces]) for name in accumulators}
 
 
-def _one_pass(
-    store: ActivationStore,
-    units: Units,
-    wanted: Numbers,
-    accumulators: Mapping[str, Accumulator],
-    block_bytes: int,
-    done: Done,
-) -> _Sums:
-    def summed(block: RowBlock) -> _Sums:
-        values = torch.from_numpy(units.read(block, wanted))
-        token = torch.from_numpy(block.read_integers(_TOKEN))
-        row = torch.arange(block.start, block.stop)
-        tokens = RowTokens(row=row, position=row, token=token)
-        return _Sums({name: one.of(values, tokens) for name, one in accumulators.items()}, accumulators)
-
-    names = [*units.arrays, _TOKEN]
+def _blocks(store: ActivationStore, units: Units, n_wanted: int, block_bytes: int) -> list[RowBlock]:
+    names = [*units.arrays, TOKEN]
     read = sum(4 * int(np.prod(store.array(name).manifest.row_shape, dtype=np.int64)) for name in names)
-    share = read / (3 * read + _VALUE_BYTES * len(wanted))
-    return map_and_sum(summed, even_blocks(store, names, max(1, int(block_bytes * share))), done)
+    share = read / (3 * read + _VALUE_BYTES * n_wanted)
+    return even_blocks(store, names, max(1, int(block_bytes * share)))
 
 
 def _ends(found: Arrays, measures: Measures) -> Arrays:

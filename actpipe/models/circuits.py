@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -43,23 +44,33 @@ def open_circuits(weights: Weights, shape: ModelShape, *, processed: bool) -> Ci
         found = process_weights(found, shape)
 
     def stacked(name: str) -> torch.Tensor:
-        layers = []
-        for layer, block in enumerate(shape.blocks):
-            prefix = f"blocks.{layer}.attn."
-            shared = name in ("W_K", "W_V") and block.n_kv_heads != block.n_heads
-            heads = _plain(found[f"{prefix}_{name}" if shared else f"{prefix}{name}"])
-            layers.append(heads.repeat_interleave(block.n_heads // heads.shape[0], dim=0))
-        return torch.stack(layers)
+        return torch.stack([heads_of(found, shape, layer, name) for layer in range(shape.n_layers)])
 
     return Circuits(
-        W_E=_plain(found["embed.W_E"]),
+        W_E=plain(found["embed.W_E"]),
         QK=FactoredMatrix(stacked("W_Q"), stacked("W_K").mT),
         OV=FactoredMatrix(stacked("W_V"), stacked("W_O")),
-        W_U=_plain(found["unembed.W_U"]),
+        W_U=plain(found["unembed.W_U"]),
     )
 
 
-def _plain(tensor: torch.Tensor) -> torch.Tensor:
+def heads_of(found: Mapping[str, torch.Tensor], shape: ModelShape, layer: int, name: str) -> torch.Tensor:
+    """Return one of `W_Q`, `W_K`, `W_V`, `W_O` of every head of a layer, shared ones repeated, in float32 on the CPU.
+
+    Args:
+        found: Weights by name, as in `Weights.state_dict`.
+        shape: The model's shape.
+        layer: Number of the block.
+        name: Which.
+    """
+    block, prefix = shape.blocks[layer], f"blocks.{layer}.attn."
+    shared = name in ("W_K", "W_V") and block.n_kv_heads != block.n_heads
+    heads = plain(found[f"{prefix}_{name}" if shared else f"{prefix}{name}"])
+    return heads.repeat_interleave(block.n_heads // heads.shape[0], dim=0)
+
+
+def plain(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a weight in float32 on the CPU."""
     return tensor.detach().float().cpu()
 
 

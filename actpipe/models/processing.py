@@ -32,7 +32,8 @@ def process_weights(
     LayerNorm, folding norms needs an MLP that is not experts, centring the unembedding no soft cap.
 
     Args:
-        weights: `Weights.state_dict()`.
+        weights: `Weights.state_dict()`, or some of it: all of a block's attention with the norm before it, all of its
+            MLP with the norm before that, the unembedding with the final norm. What is not there is left out.
         shape: The model's shape.
         fold_ln: Fold the norms' weights and biases into what reads them.
         center_writing_weights: Take the mean over d_model from everything that writes to the stream.
@@ -101,7 +102,9 @@ def _split(path: str) -> tuple[str, str]:
 
 
 def _fold_norm(weights: WeightSet, norm: str, readers: list[str], centered: bool) -> None:
-    scale, shift = weights.pop(f"{norm}.w"), weights.pop(f"{norm}.b", None)
+    scale, shift = weights.pop(f"{norm}.w", None), weights.pop(f"{norm}.b", None)
+    if scale is None:
+        return
     for path in readers:
         weight_name, bias_name = _split(path)
         weight = weights[weight_name]
@@ -127,7 +130,9 @@ def center_what_is_written(weights: WeightSet, shape: ModelShape) -> WeightSet:
 def center_unembedding(weights: WeightSet) -> WeightSet:
     """Take the mean over the vocabulary from the unembedding: logits move together, probabilities stay."""
     return weights | {
-        name: weights[name] - weights[name].mean(-1, keepdim=True) for name in ("unembed.W_U", "unembed.b_U")
+        name: weights[name] - weights[name].mean(-1, keepdim=True)
+        for name in ("unembed.W_U", "unembed.b_U")
+        if name in weights
     }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import plotly.graph_objects as go
@@ -14,8 +14,10 @@ from actpipe.report.drawing import BLUE, GREY, Plot, styled
 from actpipe.report.eval_figures import EVAL_MAKERS, metric_groups
 from actpipe.report.head_figures import HEAD_MAKERS
 from actpipe.report.lens_figures import LENS_MAKERS
+from actpipe.report.weight_figures import WEIGHT_MAKERS
 from actpipe.stores.results import Result
 
+_MOST_LEGEND = 14
 _METRICS = {
     "loss": ("Loss by position", "nats per token"),
     "entropy": ("Entropy of the prediction by position", "nats"),
@@ -70,6 +72,8 @@ def _reduction(result: Result) -> Iterator[Plot]:
             "Standard deviation over tokens, and mean over tokens, of a typical channel.",
             styled(figure, 150 + 34 * len(hooks)),
         )
+    if any(str(name).endswith(".rms") for name in data.data_vars):
+        yield _channels(result, hooks)
     for name in data.data_vars:
         if str(name).endswith(".quantile"):
             hook = str(name).removesuffix(".quantile")
@@ -77,6 +81,28 @@ def _reduction(result: Result) -> Iterator[Plot]:
             figure.update_xaxes(title="value")
             figure.update_yaxes(title="share of values below", range=[0, 1])
             yield Plot(f"Distribution: {hook}", "Quantiles over all tokens and channels.", styled(figure, 320))
+
+
+def _channels(result: Result, hooks: Sequence[str]) -> Plot:
+    figure = go.Figure()
+    for number, hook in enumerate(hooks):
+        rms = result.dataset[f"{hook}.rms"].values.ravel()
+        order = np.argsort(-rms, kind="stable")
+        shade = 0.25 + 0.75 * (number + 1) / len(hooks)
+        figure.add_scatter(
+            x=np.arange(1, len(rms) + 1),
+            y=rms[order],
+            customdata=order,
+            name=hook,
+            mode="lines",
+            line={"color": f"rgba(47,109,181,{shade:.2f})", "width": 2},
+            hovertemplate="channel %{customdata}: %{y:.4g}<extra>" + hook + "</extra>",
+        )
+    figure.update_xaxes(title="channels, the largest first", type="log")
+    figure.update_yaxes(title="root mean square over tokens", rangemode="tozero")
+    figure.update_layout(showlegend=1 < len(hooks) <= _MOST_LEGEND)
+    caption = "A few channels far above the others are outliers, which hold most of the length of rows."
+    return Plot(f"Size of channels: {result.record.name}", caption, styled(figure, 340))
 
 
 Shown = Plot | Finding
@@ -90,6 +116,7 @@ MAKERS: dict[str, Callable[[Result], Iterator[Shown]]] = {
     "reduction": _reduction,
     **LENS_MAKERS,
     **EVAL_MAKERS,
+    **WEIGHT_MAKERS,
     **DIRECTION_MAKERS,
 }
 """By kind of result, in the order of the page."""

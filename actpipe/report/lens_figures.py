@@ -21,7 +21,7 @@ def _lens(result: Result) -> Iterator[Plot]:
     """Draw each measure by layer."""
     table = result.table
     how = "Each residual stream through the final norm and the unembedding"
-    if "translator_bias" in result.dataset:
+    if result.record.settings["translators"] == "fit":
         how = "Each residual stream, brought to the last one by an affine map, on documents that the fit did not see"
     for metric, (title, unit) in _SHOWN.items():
         figure = go.Figure(

@@ -63,7 +63,8 @@ def write_report(folder: RunFolder, title: str) -> None:
 
 def _lead(folder: RunFolder) -> str:
     if not folder.has_store:
-        return "Tokens only; nothing was extracted yet."
+        there = "Tokens only" if TokenTable.exists(folder) else "No tokens"
+        return f"{there}; nothing was extracted."
     store = ActivationStore(folder)
     shape, model = store.shape, store.manifest.model
     return (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,8 +17,8 @@ import xarray as xr
 import zarr
 
 from actpipe.errors import IncompleteStoreError, did_you_mean
-from actpipe.schemas.results import ResultRecord
-from actpipe.stores.layout import RunFolder, move, sync, sync_tree, write_whole
+from actpipe.schemas.results import FileRecord, ResultRecord
+from actpipe.stores.layout import RunFolder, crc32c_of, move, sync, sync_tree, write_whole
 
 
 @dataclass(frozen=True)
@@ -134,13 +134,21 @@ class ResultWriter:
         summary: Mapping[str, float | int | str] | None = None,
         files: Mapping[str, bytes] | None = None,
     ) -> Result:
-        """Put the files in their places, then the record that makes them count."""
+        """Put the files in their places, then the record that makes them count, with their sizes and checksums.
+
+        Args:
+            dataset: Labelled arrays; those of `open_rows` are there already.
+            table: The table.
+            summary: The few numbers worth a line.
+            files: Files for other tools by name, which go into `NAME.files`.
+        """
         results, name = self._folder.results, self._wanted.name
         results.mkdir(exist_ok=True)
         (results / f"{name}.json").unlink(missing_ok=True)
+        shutil.rmtree(results / f"{name}.zarr", ignore_errors=True)
+        (results / f"{name}.parquet").unlink(missing_ok=True)
         if dataset is not None:
             dataset.to_zarr(self._arrays, mode="a", zarr_format=3, consolidated=False)
-            shutil.rmtree(results / f"{name}.zarr", ignore_errors=True)
             sync_tree(self._arrays)
             move(self._arrays, results / f"{name}.zarr")
         if table is not None:
@@ -154,6 +162,7 @@ class ResultWriter:
                 "dataset": None if dataset is None else f"{name}.zarr",
                 "table": None if table is None else f"{name}.parquet",
                 "summary": dict(summary or {}),
+                "files": tuple(_recorded(results, name)),
             }
         )
         write_whole(results / f"{name}.json", record.to_json().encode())
@@ -167,6 +176,20 @@ class ResultWriter:
             write_whole(partial / name, content)
         if files:
             move(partial, place)
+
+
+def files_of(results: Path, name: str) -> list[Path]:
+    """Return the files that are there of a result: its arrays, its table and those in `NAME.files`, by path."""
+    folders = (results / f"{name}.zarr", results / f"{name}.files")
+    found = [path for folder in folders for path in folder.rglob("*") if not path.is_dir()]
+    table = results / f"{name}.parquet"
+    return sorted([*found, table] if table.is_file() else found)
+
+
+def _recorded(results: Path, name: str) -> Iterator[FileRecord]:
+    for path in files_of(results, name):
+        size = path.stat().st_size
+        yield FileRecord(path=path.relative_to(results).as_posix(), n_bytes=size, crc32c=crc32c_of(path))
 
 
 def labels(values: list[str]) -> npt.NDArray[Any]:

@@ -22,6 +22,7 @@ from actpipe.stores.encoding import chunk_paths
 from actpipe.stores.kept_rows import read_kept_rows
 from actpipe.stores.layout import RunFolder, crc32c_of, sha256_of
 from actpipe.stores.remote import as_kept, kept_chunks
+from actpipe.stores.results import files_of
 from actpipe.stores.token_table import TokenTable
 from actpipe.stores.writing import (
     ATTRIBUTE,
@@ -148,16 +149,25 @@ def _row_problems(folder: RunFolder, manifest: StoreManifest) -> Iterator[Proble
 
 
 def _result_problems(folder: RunFolder) -> Iterator[Problem]:
-    """Name results whose record cannot be read or whose files are gone."""
+    """Name results whose record cannot be read, and files of results that are gone, others, or not theirs."""
     for path in sorted(folder.results.glob("*.json")):
         try:
             record = ResultRecord.from_json(path.read_bytes())
         except ValidationError as error:
             yield Problem(f"results/{path.name}", f"is no record ({_first_line(error)})", Remedy.RESULT, path)
             continue
-        for name in (record.dataset, record.table):
-            if name is not None and not (folder.results / name).exists():
-                yield Problem(f"results/{name}", "missing", Remedy.RESULT, path)
+        gone = {name for name in (record.dataset, record.table) if name and not (folder.results / name).exists()}
+        for name in sorted(gone):
+            yield Problem(f"results/{name}", "missing", Remedy.RESULT, path)
+        for file in record.files:
+            if file.path.split("/", 1)[0] in gone:
+                continue
+            if what := _file_problem(folder.results / file.path, file.crc32c, file.n_bytes):
+                yield Problem(f"results/{file.path}", what, Remedy.RESULT, path)
+        known = {file.path for file in record.files}
+        for found in files_of(folder.results, record.name) if known else ():
+            if (relative := found.relative_to(folder.results).as_posix()) not in known:
+                yield Problem(f"results/{relative}", "is no file of this result", Remedy.NONE)
 
 
 def _metadata_problems(folder: RunFolder, manifest: StoreManifest) -> Iterator[Problem]:

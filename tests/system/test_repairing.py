@@ -20,6 +20,7 @@ from actpipe.repairing import recheck_run, repair_run
 from actpipe.stores.layout import RunFolder
 from actpipe.stores.verifying import Remedy, find_problems
 
+LENS = "results/logit_lens.files/translators.safetensors"
 ARRAY = "store.zarr/activations/blocks.1.hook_resid_post"
 
 
@@ -28,8 +29,8 @@ def recipe(tmp_path_factory):
     """A recipe of four parts with a result."""
     path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
     path.write_text("".join(json.dumps({"id": f"doc-{i}", "text": text}) + "\n" for i, text in enumerate(TEXTS)))
-    made = make_recipe(path, hooks=["blocks.0.attn.hook_pattern", "blocks.1.hook_resid_post"], metrics=["loss"])
-    made["stages"].append({"stage": "summarize_metrics"})
+    made = make_recipe(path, hooks=["blocks.0.attn.hook_pattern", "blocks.*.hook_resid_post"], metrics=["loss"])
+    made["stages"] += [{"stage": "summarize_metrics"}, {"stage": "logit_lens", "translators": "fit"}]
     return made
 
 
@@ -62,6 +63,12 @@ DAMAGE = {
     "a changed manifest": lambda folder: flip_bit(folder / "store.zarr/zarr.json", 2000),
     "a broken token table": lambda folder: flip_bit(folder / "sequences.parquet", 50),
     "a broken record of the token table": lambda folder: (folder / "commits/tokens.json").write_text("{"),
+    "a missing file of a result": lambda folder: (folder / LENS).unlink(),
+    "a truncated file of a result": lambda folder: os.truncate(folder / LENS, 100),
+    "a changed file of a result": lambda folder: flip_bit(folder / LENS, 500),
+    "a folder of files of a result": lambda folder: shutil.rmtree((folder / LENS).parent),
+    "a changed table of a result": lambda folder: flip_bit(folder / "results/logit_lens.parquet", 50),
+    "a changed array of a result": lambda folder: flip_bit(folder / "results/logit_lens.zarr/mean/c/0/0/0", 50),
     "a missing result": lambda folder: shutil.rmtree(folder / "results/summarize_metrics.zarr"),
 }
 

@@ -167,3 +167,21 @@ def test_a_corpus_is_not_compared_with_itself(corpus, tmp_path):
 
     with pytest.raises(RecipeError, match="compares the corpus 'main' with itself"):
         run(recipe, tmp_path / "run")
+
+
+def test_documents_that_no_one_keeps_track_of_are_no_clusters_and_that_is_said_before_anything_runs(corpus, tmp_path):
+    recipe = make_recipe(corpus, metrics=["loss"])
+    recipe["stages"][0]["compat"] = "tl3"
+    run(recipe, tmp_path / "one")
+    stage = {"stage": "compare_runs", "against_run": str(tmp_path / "one")}
+    tokenize, extract = recipe["stages"]
+
+    with pytest.raises(RecipeError, match=r"keeps no track of documents; leave out `cluster: document` by setting"):
+        run({**recipe, "stages": [tokenize, extract, stage]}, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+    run(recipe, tmp_path / "other")
+    with pytest.raises(RecipeError, match="keeps no track of documents"):
+        run({**recipe, "stages": [stage]}, tmp_path / "other")  # the table is there, and the recipe does not make it
+    run({**recipe, "stages": [stage | {"cluster": "sequence"}]}, tmp_path / "other")
+    table = open_results(tmp_path / "other", "compare_runs").table.set_index("statistic")
+    assert table.loc["difference", "estimate"] == 0.0

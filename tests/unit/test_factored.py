@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -54,6 +55,115 @@ def test_singular_values_norms_and_even_factors_are_those_of_the_dense_matrix(n_
     close(matrix.collapse_r() @ Vh.mT, matrix.AB)
 
 
+SIZES = [
+    ((3, 3, 3), (3, 3, 3)),
+    ((1, 1, 1), (1, 1, 1)),
+    ((1, 2, 1), (1, 6, 1)),
+    ((1, 1, 1), (1, 2, 5)),
+    ((5, 2, 1), (1, 1, 1)),
+    ((1, 2, 3), (3, 2, 4)),
+    ((3, 2, 1), (1, 3, 2)),
+    ((1, 2, 5), (5, 3, 1)),
+    ((3, 4, 5), (5, 6, 7)),
+    ((8, 6, 5), (5, 7, 3)),
+    ((3, 4, 4), (4, 5, 5)),
+    ((7, 6, 3), (3, 7, 8)),
+]
+"""Those of TransformerLens' own tests: `(ldim, mdim, rdim)` of both."""
+LEADING = [((), ()), ((2,), ()), ((), (2,)), ((9,), (2, 9)), ((2, 9), (9,)), ((2, 1), (9,))]
+
+
+@pytest.mark.parametrize(("left_leading", "right_leading"), LEADING)
+@pytest.mark.parametrize(("left", "right"), SIZES)
+def test_products_of_factored_matrices_have_the_smallest_inner_dimension_and_joint_leading_ones(
+    left, right, left_leading, right_leading
+):
+    one = FactoredMatrix(random(*left_leading, *left[:2]), random(*left_leading, *left[1:]))
+    other = FactoredMatrix(random(*right_leading, *right[:2]), random(*right_leading, *right[1:]))
+    product = one @ other
+
+    close(product.AB, one.AB @ other.AB)
+    assert (product.ldim, product.mdim, product.rdim) == (left[0], min(*left[1:], *right[:2]), right[2])
+    leading = torch.broadcast_shapes(left_leading, right_leading)
+    assert product.A.shape[:-2] == product.B.shape[:-2] == product.shape[:-2] == leading
+
+
+@pytest.mark.parametrize(("left_leading", "right_leading"), LEADING)
+@pytest.mark.parametrize("size", [(2, 3, 4), (2, 6, 4), (2, 4, 4), (6, 3, 4), (2, 2, 4)])
+def test_products_with_matrices_keep_the_smaller_factors(size, left_leading, right_leading):
+    matrix = FactoredMatrix(random(*left_leading, *size[:2]), random(*left_leading, *size[1:]))
+    leading = torch.broadcast_shapes(left_leading, right_leading)
+    right, left = random(*right_leading, size[2], 5), random(*right_leading, 5, size[0])
+
+    for product, dense, inner in (
+        (matrix @ right, matrix.AB @ right, size[2]),
+        (left @ matrix, left @ matrix.AB, size[0]),
+    ):
+        close(product.AB, dense)
+        assert product.mdim == min(size[1], inner)
+        assert product.A.shape[:-2] == product.B.shape[:-2] == leading
+    vector = random(size[2])
+    assert isinstance(matrix @ vector, torch.Tensor)
+    close(matrix @ vector, matrix.AB @ vector)
+    close(random(size[0]) @ matrix, random(size[0]) @ matrix.AB)
+
+
+@pytest.mark.parametrize("scalar", [3, -0.5, np.float32(2.5), np.int64(-2), torch.tensor(1.5), torch.tensor([[1.5]])])
+@pytest.mark.parametrize("leading", [(), (6,)])
+def test_numbers_multiply_the_left_factor_from_either_side(scalar, leading):
+    matrix = FactoredMatrix(random(*leading, 2, 3), random(*leading, 3, 4))
+
+    for product in (matrix * scalar, scalar * matrix):
+        assert isinstance(product, FactoredMatrix)
+        assert product.shape == matrix.shape
+        close(product.A, matrix.A * float(scalar))
+        assert product.B is matrix.B or torch.equal(product.B, matrix.B)
+
+
+@pytest.mark.parametrize("size", [(3, 2, 3), (4, 5, 4), (6, 7, 6), (6, 7, 3), (8, 9, 8)])
+@pytest.mark.parametrize("leading", [(), (1,), (2, 3)])
+def test_properties_are_those_of_transformerlens(size, leading):
+    A, B = random(*leading, *size[:2]), random(*leading, *size[1:])
+    matrix = FactoredMatrix(A, B)
+    U, S, Vh = matrix.svd()
+
+    close(matrix.T.A, B.mT)
+    close(matrix.T.B, A.mT)
+    assert (matrix.ndim, matrix.has_leading_dims) == (len(leading) + 2, len(leading) > 0)
+    assert U.shape[-1] == S.shape[-1] == Vh.shape[-1] == min(size)
+    eye = torch.eye(min(size), dtype=torch.float64).expand(*leading, -1, -1)
+    close(U.mT @ U, eye)
+    close(Vh.mT @ Vh, eye)
+    assert matrix.U is U  # computed once for each object
+    close(matrix.collapse_l(), S[..., :, None] * Vh.mT)
+    close(matrix.collapse_r(), U * S[..., None, :])
+    even = matrix.make_even()
+    close(even.A.mT @ even.A, torch.diag_embed(S))
+    close(even.B @ even.B.mT, torch.diag_embed(S))
+    close(matrix.unsqueeze(0).AB, matrix.AB.unsqueeze(0))
+    if size[0] == size[2]:
+        close(matrix.BA, B @ A)
+        assert matrix.eigenvalues.shape == (*leading, size[1])
+    assert repr(matrix) == f"FactoredMatrix: Shape({matrix.shape}), Hidden Dim({size[1]})"
+
+
+def test_half_precision_is_decomposed_in_float32():
+    matrix = FactoredMatrix(random(5, 2).bfloat16(), random(2, 5).bfloat16())
+
+    assert matrix.S.dtype == torch.float32
+    dense = torch.linalg.eigvals(matrix.A.double() @ matrix.B.double()).abs().sort().values[-2:]
+    torch.testing.assert_close(matrix.eigenvalues.abs().sort().values.double(), dense, atol=0.05, rtol=0.05)
+
+
+def test_leading_dimensions_of_either_factor_are_those_of_the_matrix():
+    matrix = FactoredMatrix(random(5, 3), random(2, 4, 3, 7))
+
+    assert matrix.A.shape == (2, 4, 5, 3)
+    assert matrix.shape == (2, 4, 5, 7)
+    assert matrix[1, 3].shape == (5, 7)
+    assert FactoredMatrix(random(4, 5, 3), random(2, 4, 3, 7)).A.shape == (2, 4, 5, 3)
+
+
 def test_eigenvalues_are_those_of_the_dense_matrix_without_its_zeros():
     matrix = FactoredMatrix(random(3, 7, 2), random(3, 2, 7))
     dense = torch.linalg.eigvals(matrix.AB)
@@ -76,7 +186,27 @@ INDICES = [
     (0, 1, slice(2), 4),
     (slice(None), 0, slice(1, 3)),
     (torch.tensor([0, 1]), torch.tensor([2, 0])),
+    (slice(None), slice(None), [0, 3], [1]),
+    (slice(None), slice(None), torch.tensor([0, 3]), torch.tensor([1, 0, 4])),
+    (1, slice(None), [2, 0], 3),
+    (0, 1, np.int64(2), np.array([4, 0])),
+    (0, 1, torch.tensor(2), slice(None, None, 2)),
+    (..., [0, 1], slice(1, 4)),
+    (np.int64(1), -1),
+    torch.tensor([[True, False, True], [False, True, False]]),
 ]
+
+
+def is_number(part):
+    return isinstance(part, int | np.integer) or (isinstance(part, torch.Tensor) and part.ndim == 0)
+
+
+def outer(dense, index):
+    """Index one axis after the other, so that lists of rows and of columns choose a rectangle."""
+    if len(index) == 4 and index[0] is not None:
+        *leading, row, column = index
+        return dense[tuple(leading)][..., row, :][..., column]
+    return dense[index]
 
 
 @pytest.mark.parametrize("index", INDICES, ids=str)
@@ -85,13 +215,13 @@ def test_indexing_is_that_of_the_dense_matrix_and_matrix_axes_stay(index):
     parts = index if isinstance(index, tuple) else (index,)
     at_row = 2 + (parts[0] is None)
     kept = tuple(
-        slice(part, part + 1 or None) if isinstance(part, int) and (number >= at_row or parts[0] is ...) else part
+        slice(int(part), int(part) + 1 or None) if is_number(part) and (number >= at_row or parts[0] is ...) else part
         for number, part in enumerate(parts)
     )
 
     found = matrix[index]
     assert isinstance(found, FactoredMatrix)
-    close(found.AB, matrix.AB[kept])
+    close(found.AB, outer(matrix.AB, kept))
 
 
 def test_what_has_no_meaning_is_refused():
@@ -111,6 +241,24 @@ def test_what_has_no_meaning_is_refused():
         _ = matrix.BA
     with pytest.raises(IndexError, match="too many"):
         matrix[0, 0, 0, 0]
+    for index in [(0, 4), (0, -5), (0, 0, 5), (2,)]:
+        with pytest.raises(IndexError, match="out of bounds"):
+            matrix[index]
+    with pytest.raises(IndexError, match="new axis"):
+        matrix[0, 0, None]
+    with pytest.raises(ValueError, match="cannot multiply"):
+        matrix @ torch.tensor(2.0)
+    with pytest.raises(ValueError, match="takes a scalar"):
+        random(2, 2) * matrix
+    with pytest.raises(TypeError):
+        matrix * "2"
+    for other in (random(4, 5, 7), FactoredMatrix(random(4, 5, 2), random(4, 2, 7))):
+        with pytest.raises(ValueError, match="cannot be broadcast"):
+            matrix @ other
+    with pytest.raises(ValueError, match="cannot be broadcast"):
+        random(3, 6, 4) @ matrix
+    with pytest.raises(ValueError, match="takes no new one at 2"):
+        matrix.unsqueeze(2)
 
 
 def test_corners_pairs_and_new_axes_are_those_of_transformerlens():

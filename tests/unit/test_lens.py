@@ -9,21 +9,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from support import MODELS, make_recipe, run
 
 from actpipe import HookedModel, open_results, open_store
 from actpipe.compute.lens import LENS_METRICS, fit_affine, lens_metrics, sum_affine
 from actpipe.errors import ActpipeError
-from actpipe.jobs.lens import look_through_lens
+from actpipe.jobs.lens import look_through_lens, read_translators, rows_of_split
 from actpipe.lenses import lens_of
 
 FAMILIES = ["gpt2", "llama", "gemma2"]
 LAST = "blocks.1.hook_resid_post"
 
 
-def recipe_of(folder, family, *stages):
-    generator = np.random.default_rng(1)
+def recipe_of(folder, family, *stages, seed=1):
+    generator = np.random.default_rng(seed)
     path = folder / "corpus.jsonl"
     path.write_text("".join(f'{{"ids": {generator.integers(5, 199, 20).tolist()}}}\n' for _ in range(9)))
     recipe = make_recipe(
@@ -98,24 +98,55 @@ def test_what_is_found_does_not_depend_on_the_size_of_blocks(looked):
     np.testing.assert_array_equal(pieces.count, whole.count)
 
 
-def test_translators_are_written_down_and_give_the_same_numbers_when_read(looked, tmp_path):
+def test_what_was_fitted_on_one_run_is_used_on_another(looked, tmp_path):
     folder, model = looked
-    found = open_results(folder, "tuned").dataset
-    arrays = zip(("0_pre", "1_pre"), found["translator_weight"].values, found["translator_bias"].values, strict=True)
-    translators = {label: (torch.from_numpy(weight), torch.from_numpy(bias)) for label, weight, bias in arrays}
-    save_file(
-        {f"{k}.{n}": t for k, pair in translators.items() for n, t in zip(("weight", "bias"), pair, strict=True)},
-        tmp_path / "lens.safetensors",
-    )
-    family = Path(model.source.name).name
-    recipe = recipe_of(tmp_path, family, {"stage": "logit_lens", "translators": str(tmp_path / "lens.safetensors")})
-    run(recipe, tmp_path / "run")
+    file = open_results(folder, "tuned").files / "translators.safetensors"
+    assert sorted(load_file(file)) == ["0_pre.bias", "0_pre.weight", "1_pre.bias", "1_pre.weight"]
 
-    expected, _ = look_through_lens(open_store(folder), lens_of(model), block_bytes=2**20, translators=translators)
-    table = open_results(tmp_path / "run", "logit_lens").table
-    np.testing.assert_allclose(
-        table[list(LENS_METRICS)].to_numpy().reshape(-1), expected.over_all().mean[0], rtol=1e-3, atol=1e-3
+    recipe = recipe_of(
+        tmp_path, Path(model.source.name).name, {"stage": "logit_lens", "translators": str(file)}, seed=2
     )
+    run(recipe, tmp_path / "run")
+    other, found = open_store(tmp_path / "run"), open_results(tmp_path / "run", "logit_lens").table
+    x = other["blocks.1.hook_resid_pre"].compute().astype(np.float64)
+    weight, bias = (load_file(file)[f"1_pre.{name}"].double().numpy() for name in ("weight", "bias"))
+    lens = lens_of(model)
+    with torch.inference_mode():
+        logits = lens.unembed(lens.norm(torch.from_numpy((x @ weight + bias).astype(np.float32)))).double()
+    ids, sequence = other["tokens/input_ids"].compute(), other["tokens/sequence"].compute()
+    follows = np.flatnonzero(sequence[1:] == sequence[:-1])
+    loss = -logits.log_softmax(-1).numpy()[follows, ids[follows + 1]].mean()
+    assert found.set_index("stream").loc["1_pre", "loss"] == pytest.approx(loss, abs=1e-3)
+    assert found.set_index("stream").loc["final_post", "kl"] == pytest.approx(0.0, abs=1e-5)
+
+
+def test_the_same_documents_through_the_written_translators_give_the_fits_own_numbers(looked):
+    folder, model = looked
+    store = open_store(folder)
+    held_out = rows_of_split(store, 0.4, 0, validation=True)
+    written = read_translators(
+        open_results(folder, "tuned").files / "translators.safetensors", ["0_pre", "1_pre"], store.shape.d_model
+    )
+
+    sums, _ = look_through_lens(store, lens_of(model), block_bytes=2**20, translators=written, choose=held_out)
+    table = open_results(folder, "tuned").table
+    np.testing.assert_allclose(
+        table[list(LENS_METRICS)].to_numpy().reshape(-1), sums.over_all().mean[0], rtol=1e-5, atol=1e-5
+    )
+
+
+def test_another_file_of_translators_is_another_result(looked, tmp_path):
+    folder, model = looked
+    tensors = load_file(open_results(folder, "tuned").files / "translators.safetensors")
+    file = tmp_path / "lens.safetensors"
+    recipe = recipe_of(tmp_path, Path(model.source.name).name, {"stage": "logit_lens", "translators": str(file)})
+    losses = []
+    for factor in (1.0, -1.0):
+        save_file({name: factor * tensor for name, tensor in tensors.items()}, file)
+        run(recipe, tmp_path / "run")
+        losses.append(open_results(tmp_path / "run", "logit_lens").table.set_index("stream").loc["1_pre", "loss"])
+
+    assert losses[0] != pytest.approx(losses[1], rel=1e-6)
 
 
 def test_held_out_rows_are_those_of_the_documents_that_the_fit_did_not_see(looked):
@@ -166,6 +197,16 @@ def test_what_cannot_be_looked_at_is_refused_before_anything_runs(tmp_path, extr
     recipe = recipe_of(tmp_path, "gpt2", {"stage": "logit_lens", **settings})
     recipe["stages"][1] |= extract
     with pytest.raises(ActpipeError, match=message):
+        run(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_fit_needs_documents_to_hold_out_and_that_is_said_before_anything_runs(corpus, tmp_path):
+    recipe = make_recipe(corpus, hooks=["blocks.*.hook_resid_post"])
+    recipe["stages"][0]["compat"] = "tl2"
+    recipe["stages"].append({"stage": "logit_lens", "translators": "fit"})
+
+    with pytest.raises(ActpipeError, match="keeps no track of documents; leave out `translators: fit`"):
         run(recipe, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

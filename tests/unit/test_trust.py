@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 from support import TEXTS, all_bytes, make_recipe, run
 
+from actpipe import open_results
 from actpipe.describing import clean_run, verify_run
 from actpipe.errors import StoreMismatchError
 from actpipe.stores import locking
@@ -142,6 +144,39 @@ class TestVerifying:
     def test_a_result_without_its_files_is_found(self, copy):
         shutil.rmtree(copy / "results/summarize_metrics.zarr")
 
+        assert problems(copy) == ["results/summarize_metrics.zarr: missing"]
+
+    def test_a_changed_shortened_or_lost_file_of_a_result_is_found(self, copy):
+        chunks = sorted(path for path in (copy / "results/summarize_metrics.zarr").rglob("0") if path.is_file())
+        first, second, third = chunks[:3]
+        size = second.stat().st_size
+        flip_bit(first, 3)
+        os.truncate(second, size - 1)
+        third.unlink()
+
+        changed, shortened, lost = problems(copy)
+        assert re.fullmatch(r"results/summarize_metrics\.zarr/\S+: checksum \w{8}, committed was \w{8}", changed)
+        assert shortened == f"{second.relative_to(copy)}: {size - 1} bytes, committed were {size}"
+        assert lost == f"{third.relative_to(copy)}: missing"
+
+    def test_a_file_that_is_none_of_a_results_is_named_and_left_to_people(self, copy):
+        place = copy / "results/summarize_metrics.files"
+        place.mkdir()
+        (place / "mine.txt").write_text("mine")
+
+        (problem,) = find_problems(RunFolder(copy))
+        assert str(problem) == "results/summarize_metrics.files/mine.txt: is no file of this result"
+        assert problem.remedy is Remedy.NONE
+
+    def test_records_of_results_without_checksums_are_read_as_before(self, copy):
+        path = copy / "results/summarize_metrics.json"
+        record = json.loads(path.read_text())
+        assert {file["path"].split("/")[0] for file in record.pop("files")} == {"summarize_metrics.zarr"}
+        path.write_text(json.dumps(record))
+
+        assert problems(copy) == []
+        assert open_results(copy, "summarize_metrics").record.files == ()
+        shutil.rmtree(copy / "results/summarize_metrics.zarr")
         assert problems(copy) == ["results/summarize_metrics.zarr: missing"]
 
     def test_a_broken_run_record_is_found(self, copy):
