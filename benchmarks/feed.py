@@ -38,8 +38,8 @@ from actpipe import ActivationLoader, HookedModel
 from actpipe.extraction.layout import record_shape
 from actpipe.hooks import BlockShape, ModelShape
 from actpipe.planning import plan_parts
-from actpipe.stores import arrays
 from actpipe.stores.layout import RunFolder
+from actpipe.stores.mapping import forget_maps
 from actpipe.stores.reading import ActivationStore
 from actpipe.stores.writing import PartWriter, create_store
 
@@ -159,7 +159,7 @@ def batches(folder: Path, n_rows: int, rounds: int) -> None:
 
 def drop_cache(store: ActivationStore) -> list[Path]:
     """Write a store's chunk files back and drop them from the page cache; return them."""
-    arrays._map_file.cache_clear()  # pages that are mapped stay
+    forget_maps()  # pages that are mapped stay
     gc.collect()
     files = [store.folder.store / f"activations/{HOOK}/c/{part}/0" for part in range(store.n_parts)]
     for path in files:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import AbstractContextManager, closing
 from dataclasses import asdict, dataclass
+from itertools import tee
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,6 +24,8 @@ from actpipe.stores.dtypes import numpy_dtype
 
 Rows = dict[str, torch.Tensor]
 """Tensors by name; row `i` of each is the same token."""
+Fill = Callable[[Rows], Iterator[None]]
+"""Reads the rows of the next stretch, in any order that does not change; may be left at each yield."""
 _STATE_VERSION = 1
 _MIX = 3
 _SAMPLE_EPOCH = 2**31
@@ -48,8 +52,8 @@ class RowReader(Protocol):
     def allocate(self, n_rows: int, *, pinned: bool) -> Rows:
         """Return tensors for as many rows."""
 
-    def fill(self, order: Order, places: Indices, into: Rows) -> Iterator[None]:
-        """Read the rows at some places of an epoch, in any order that does not change; may be left at each yield."""
+    def reading(self, order: Order, stretches: Iterable[Indices]) -> AbstractContextManager[Fill]:
+        """Read stretches of places of an epoch, those that come later ahead of time where that helps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,12 +189,15 @@ class Feed(IterableDataset[Rows]):
         worker, n_workers = _this_worker()
         self._check_place(n_workers)
         self._batch, self._resume_at, self._resume_workers = self._resume_at, 0, None
-        batches = self._batches(self._batch, worker, n_workers)
         in_thread = self._delivery.device.type == "cpu"
-        if in_thread:
-            batches = map(self._deliver, batches)
         started, before = time.perf_counter(), (self._wait_seconds, self._feed_seconds)
-        with ReadAhead(batches, self._delivery.read_ahead if n_workers == 1 else 0) as items:
+        with (
+            closing(self._batches(self._batch, worker, n_workers)) as batches,
+            ReadAhead(
+                map(self._deliver, batches) if in_thread else batches,
+                self._delivery.read_ahead if n_workers == 1 else 0,
+            ) as items,
+        ):
             for rows in items:
                 self._batch += 1
                 self._wait_seconds = before[0] + items.wait_seconds
@@ -256,19 +263,20 @@ class Feed(IterableDataset[Rows]):
                 "shuffle='blocks' deals blocks out to workers; use as many as then"
             )
 
-    def _batches(self, taken: int, worker: int, n_workers: int) -> Iterator[Rows]:
+    def _batches(self, taken: int, worker: int, n_workers: int) -> Generator[Rows]:
         """Yield one worker's batches after the first `taken` of its rank, which all workers took in turn."""
         worker = (worker + taken) % n_workers  # whose turn it is comes first
         skip = (taken + n_workers - 1 - worker) // n_workers
         order = self._settings.order(self._reader.n_rows, self._epoch)
-        groups = _after(self._deal(n_workers).groups(self._settings.rank, worker), skip)
-        if self._settings.shuffle == "blocks":
-            yield from self._mixed(order, groups)
-            return
-        for group, _ in groups:
-            yield self._read(order, np.arange(group.start, group.stop), self._allocate(group.n_rows))
+        groups, coming = tee(_after(self._deal(n_workers).groups(self._settings.rank, worker), skip))
+        with self._reader.reading(order, (np.arange(group.start, group.stop) for group, _ in coming)) as fill:
+            if self._settings.shuffle == "blocks":
+                yield from self._mixed(order, groups, fill)
+                return
+            for group, _ in groups:
+                yield _filled(self._allocate(group.n_rows), fill)
 
-    def _mixed(self, order: Order, groups: Iterator[tuple[Group, int]]) -> Iterator[Rows]:
+    def _mixed(self, order: Order, groups: Iterator[tuple[Group, int]], fill: Fill) -> Iterator[Rows]:
         """Yield batches of rows drawn from a whole group; while one group goes out, a thread reads the next."""
         size = self._settings.batch_size
         spare = [self._buffer() for _ in range(2)]
@@ -276,8 +284,7 @@ class Feed(IterableDataset[Rows]):
         def read() -> Iterator[tuple[Group, int, Rows]]:
             for group, first in groups:
                 rows = spare.pop()
-                into = {name: tensor[: group.n_rows] for name, tensor in rows.items()}
-                for _ in self._reader.fill(order, np.arange(group.start, group.stop), into):
+                for _ in fill({name: tensor[: group.n_rows] for name, tensor in rows.items()}):
                     if coming.closed:
                         return
                 yield group, first, rows
@@ -298,11 +305,6 @@ class Feed(IterableDataset[Rows]):
         most = self._deal(n_workers=1).group_batches * self._settings.batch_size
         return self._reader.allocate(min(most, self._reader.n_rows), pinned=False)
 
-    def _read(self, order: Order, places: Indices, into: Rows) -> Rows:
-        for _ in self._reader.fill(order, places, into):
-            pass
-        return into
-
     def _allocate(self, n_rows: int) -> Rows:
         return self._reader.allocate(n_rows, pinned=self._delivery.device.type == "cuda")
 
@@ -321,13 +323,12 @@ class Feed(IterableDataset[Rows]):
         total = self._reader.n_rows
         order = Order("blocks", total, min(_SAMPLE_BLOCK_ROWS, total), self._settings.seed, _SAMPLE_EPOCH)
 
-        def pieces() -> Iterator[Rows]:
-            for start in range(0, min(n_rows, total), _SAMPLE_AT_ONCE):
-                places = np.arange(start, min(start + _SAMPLE_AT_ONCE, n_rows, total))
-                rows = self._read(order, places, self._reader.allocate(len(places), pinned=False))
-                yield {name: rows[name] for name in self._reader.activation_names}
-
-        return estimate_statistics(self._delivery.normalize, pieces())
+        stop = min(n_rows, total)
+        stretches = [np.arange(start, min(start + _SAMPLE_AT_ONCE, stop)) for start in range(0, stop, _SAMPLE_AT_ONCE)]
+        with self._reader.reading(order, stretches) as fill:
+            sample = (_filled(self._reader.allocate(len(places), pinned=False), fill) for places in stretches)
+            pieces = ({name: rows[name] for name in self._reader.activation_names} for rows in sample)
+            return estimate_statistics(self._delivery.normalize, pieces)
 
 
 def as_numpy(tensor: torch.Tensor) -> npt.NDArray[Any]:
@@ -336,6 +337,12 @@ def as_numpy(tensor: torch.Tensor) -> npt.NDArray[Any]:
         return tensor.view(torch.int16).numpy().view(numpy_dtype("bfloat16"))
     array: npt.NDArray[Any] = tensor.numpy()
     return array
+
+
+def _filled(rows: Rows, fill: Fill) -> Rows:
+    for _ in fill(rows):
+        pass
+    return rows
 
 
 def _pick(rows: Rows, chosen: Indices, into: Rows) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 
 from actpipe.feed.documents import Labels
-from actpipe.feed.feeding import Rows
+from actpipe.feed.feeding import Fill, Rows
 from actpipe.feed.order import Order
 from actpipe.feed.permutation import Indices, Permutation
 from actpipe.feed.selection import RowSet
@@ -123,8 +124,13 @@ class LiveRows:
             for name, (shape, dtype) in shapes.items()
         }
 
-    def fill(self, order: Order, places: Indices, into: Rows) -> Iterator[None]:
-        """Compute the rows at consecutive places of an epoch with a yield after each forward pass."""
+    @contextmanager
+    def reading(self, order: Order, stretches: Iterable[Indices]) -> Iterator[Fill]:
+        """Compute stretches of places of an epoch, with a yield after each forward pass."""
+        coming = iter(stretches)
+        yield lambda into: self._compute(order, next(coming), into)
+
+    def _compute(self, order: Order, places: Indices, into: Rows) -> Iterator[None]:
         wanted = dict(self._stretch(order, int(places[0]), len(places)))
         for batch in self._run([self._tokens.sequence(number) for number in wanted]):
             for sequence, activations in batch:

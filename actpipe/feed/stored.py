@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,13 @@ import torch
 
 from actpipe.errors import StoreMismatchError
 from actpipe.feed.documents import Labels
-from actpipe.feed.feeding import Rows, as_numpy
+from actpipe.feed.feeding import Fill, Rows, as_numpy
 from actpipe.feed.mixing import Mixture
 from actpipe.feed.order import Order
 from actpipe.feed.permutation import Indices
 from actpipe.feed.selection import RowSet
 from actpipe.stores.arrays import StoredArray
+from actpipe.stores.fetching import Chunk, FetchAhead
 from actpipe.stores.reading import ActivationStore
 
 _ROWS_AT_ONCE = 16_384
@@ -32,6 +34,16 @@ class Source:
     store: ActivationStore
     arrays: Mapping[str, StoredArray]
     rows: RowSet
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Rows that are read together, by source and row, and where in their stretch they go."""
+
+    source: Indices
+    rows: Indices
+    here: slice
+    is_last: bool
 
 
 class StoredRows:
@@ -84,8 +96,24 @@ class StoredRows:
             single["source"] = torch.int64
         return rows | {name: torch.empty(n_rows, dtype=dtype, pin_memory=pinned) for name, dtype in single.items()}
 
-    def fill(self, order: Order, places: Indices, into: Rows) -> Iterator[None]:
-        """Read the rows at these places of an epoch, in the order of the stores."""
+    @contextmanager
+    def reading(self, order: Order, stretches: Iterable[Indices]) -> Iterator[Fill]:
+        """Read stretches of places of an epoch, each in the order of the stores, while chunks to come are fetched."""
+        with FetchAhead(
+            chain.from_iterable(self._pieces(order, places) for places in stretches), self._chunks
+        ) as coming:
+
+            def fill(into: Rows) -> Iterator[None]:
+                for piece in coming:
+                    self._read(piece, {name: tensor[piece.here] for name, tensor in into.items()})
+                    yield
+                    if piece.is_last:
+                        return
+
+            yield fill
+
+    def _pieces(self, order: Order, places: Indices) -> Iterator[_Piece]:
+        """Yield what the rows at these places are read in: sorted by store and row, some at a time."""
         source, within = self._mixture.locate(order(places), order.epoch)
         rows = np.empty_like(within)
         for number in range(len(self._sources)):
@@ -94,9 +122,14 @@ class StoredRows:
         both = np.sort(source << _ROW_BITS | rows)
         source, rows = both >> _ROW_BITS, both & (1 << _ROW_BITS) - 1
         for start in range(0, len(rows), _ROWS_AT_ONCE):
-            piece = slice(start, start + _ROWS_AT_ONCE)
-            self._read(source[piece], rows[piece], {name: tensor[piece] for name, tensor in into.items()})
-            yield
+            piece = slice(start, min(start + _ROWS_AT_ONCE, len(rows)))
+            yield _Piece(source[piece], rows[piece], piece, is_last=piece.stop == len(rows))
+
+    def _chunks(self, piece: _Piece) -> Iterator[Chunk]:
+        """Yield the chunks of object stores that a piece reads, in order."""
+        for number, here in self._of_sources(piece.source):
+            for array in self._sources[number].arrays.values():
+                yield from array.chunks(np.unique(piece.rows[here] // array.rows_per_part).tolist())
 
     def _of_sources(self, source: Indices) -> Iterator[tuple[int, slice]]:
         """Yield the sources that rows sorted by source come from, each with where its rows stand."""
@@ -105,7 +138,8 @@ class StoredRows:
             if start < stop:
                 yield number, slice(start, stop)
 
-    def _read(self, source: Indices, rows: Indices, into: Rows) -> None:
+    def _read(self, piece: _Piece, into: Rows) -> None:
+        source, rows = piece.source, piece.rows
         for number, here in self._of_sources(source):
             for name, array in self._sources[number].arrays.items():
                 array.gather(rows[here], as_numpy(into[name])[here])

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from io import FileIO
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,43 +20,32 @@ from actpipe.errors import IncompleteStoreError
 from actpipe.schemas.manifest import ArrayManifest, Quantisation
 from actpipe.stores.dtypes import numpy_dtype
 from actpipe.stores.encoding import Codec, decompress, row_bytes
+from actpipe.stores.fetching import Chunk
+from actpipe.stores.mapping import map_file
 from actpipe.stores.remote import remote_of
 
-_OPEN_CHUNKS = 512
 _LONG_RUN = 16
 """Rows that follow one another, from which on reading them beats copying them out of a map."""
+_TRIES = 8
+"""How often a chunk is fetched again where others make room of it before it is opened."""
 _UNPACKED_CHUNKS = 8
 """Decompressed chunks that stay in memory, so that neighbouring rows are not unpacked again and again."""
+
+Opened = TypeVar("Opened")
 
 
 def _open_chunk(path: Path, dtype: str, shape: tuple[int, ...], codec: Codec) -> npt.NDArray[Any]:
     """Open a chunk file: mapped, so that only what is touched is read, or decompressed whole."""
     status = path.stat()
     version = (status.st_ino, status.st_mtime_ns)
-    opened = _map_file(path, version) if codec == "none" else _unpack_file(path, codec, version)
+    opened = map_file(path, version) if codec == "none" else _unpack_file(path, codec, version)
     return opened.view(numpy_dtype(dtype)).reshape(shape)
-
-
-@lru_cache(maxsize=_OPEN_CHUNKS)
-def _map_file(path: Path, version: tuple[int, int]) -> npt.NDArray[np.uint8]:
-    """Map one version of a file: a chunk that was written anew is mapped anew."""
-    del version
-    return decompress("none", path)
 
 
 @lru_cache(maxsize=_UNPACKED_CHUNKS)
 def _unpack_file(path: Path, codec: Codec, version: tuple[int, int]) -> npt.NDArray[np.uint8]:
     del version
     return decompress(codec, path)
-
-
-def _fetched(file: Path) -> bool:
-    """Bring a chunk from the object store behind the folder, if there is one; older ones may go for it."""
-    remote = remote_of(file.parent)
-    if remote is None or not remote.fetch(file):
-        return False
-    _map_file.cache_clear()  # a file that was removed keeps its room while it is mapped
-    return True
 
 
 @dataclass(frozen=True)
@@ -126,15 +116,39 @@ class StoredArray:
 
     def _chunk(self, path: str, part: int, dtype: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
         """Open a chunk of an array."""
-        return _open_chunk(self._file(path, part, len(shape)), dtype, shape, self.codec)
+        return self._open(path, part, len(shape), lambda file: _open_chunk(file, dtype, shape, self.codec))
+
+    def _open(self, path: str, part: int, n_axes: int, opened: Callable[[Path], Opened]) -> Opened:
+        """Open a chunk file, which an object store behind the folder may have to give first."""
+        file = self._file(path, part, n_axes)
+        for _ in range(_TRIES):
+            try:
+                return opened(file)
+            except FileNotFoundError:  # not fetched yet, or removed in between to make room for another
+                remote = remote_of(self.store)
+                if remote is None or not remote.chunks.fetch(file):
+                    break
+        raise IncompleteStoreError(
+            f"part {part} of {path} is not there: {file} is missing; run the recipe again to finish the store"
+        )
 
     def _file(self, path: str, part: int, n_axes: int) -> Path:
-        file = self.store.joinpath(path, "c", str(part), *("0" for _ in range(n_axes - 1)))
-        if not file.is_file() and not _fetched(file):
-            raise IncompleteStoreError(
-                f"part {part} of {path} is not there: {file} is missing; run the recipe again to finish the store"
-            )
-        return file
+        return self.store.joinpath(path, "c", str(part), *("0" for _ in range(n_axes - 1)))
+
+    def chunks(self, parts: Iterable[int]) -> Iterator[Chunk]:
+        """Yield the chunks of some parts that an object store has; none where the store is on this machine alone."""
+        remote = remote_of(self.store)
+        if remote is None:
+            return
+        kept, values = self.manifest.quantisation, math.prod(self.manifest.row_shape)
+        itemsize = self.dtype.itemsize if kept is None else 1
+        arrays = [(self.manifest.path, self.ndim, self.rows_per_part * values * itemsize)]
+        if kept is not None:
+            arrays.append((kept.row_scales, 2, 4 * self.rows_per_part * -(-values // kept.block)))
+            arrays.append((kept.channel_scales, self.ndim, 4 * values))
+        for part in parts:
+            for path, n_axes, n_bytes in arrays:
+                yield Chunk(remote.chunks, self._file(path, part, n_axes), n_bytes)
 
     def read(self, start: int, stop: int) -> npt.NDArray[Any]:
         """Return rows `[start, stop)`; a view of the mapped file where one part holds them all."""
@@ -186,8 +200,7 @@ class StoredArray:
             for reads in (self._announce, self._read_run):  # all of it is under way before the first is waited for
                 for part, here in pieces:
                     inside = runs[slice(*np.searchsorted(runs, [here.start + 1, here.stop]))].tolist()
-                    path = self._file(self.manifest.path, part, 1 + len(self.manifest.row_shape))
-                    with FileIO(path) as file:
+                    with self._open(self.manifest.path, part, self.ndim, FileIO) as file:
                         for start, stop in pairwise([here.start, *inside, here.stop]):
                             reads(file, int(rows[start]) - part * self.rows_per_part, into[start:stop])
             return

@@ -78,7 +78,7 @@ def forget(url):
     """Be another machine, which has never seen the run."""
     shutil.rmtree(Remote.in_front_of(url).folder)
     remote_module._marked.cache_clear()
-    remote_module._opened.cache_clear()
+    remote_module._OPENED.clear()
 
 
 def test_it_holds_the_same_bytes_and_reads_the_same_elsewhere(bucket, corpus, tmp_path):
