@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, Self, TypeVar
 
@@ -13,6 +13,7 @@ import numpy.typing as npt
 from actpipe.errors import IncompleteStoreError
 from actpipe.stores.arrays import StoredArray
 from actpipe.stores.dtypes import as_float32
+from actpipe.stores.fetching import Chunk, FetchAhead
 from actpipe.stores.reading import ActivationStore
 
 _FAN_IN = 16
@@ -44,6 +45,12 @@ class RowBlock:
     def n_rows(self) -> int:
         """Rows of the block."""
         return self.stop - self.start
+
+    def chunks(self) -> Iterator[Chunk]:
+        """Yield the chunks of an object store that hold the block."""
+        for array in self.arrays.values():
+            first, last = self.start // array.rows_per_part, (self.stop - 1) // array.rows_per_part
+            yield from array.chunks(range(first, last + 1))
 
     def read(self, name: str) -> npt.NDArray[np.float32]:
         """Return the block's rows of one array, in float32."""
@@ -96,8 +103,9 @@ def map_and_sum(
 ) -> SumT:
     """Apply a function to every block and add the answers up, some at a time.
 
-    Memory is that of as many blocks as Dask runs together. The grouping depends on the blocks
-    alone, so the same blocks give the same bits whatever the number of workers.
+    Memory is that of as many blocks as Dask runs together; of a run in an object store, the chunks of the next
+    blocks are fetched meanwhile. The grouping depends on the blocks alone, so the same blocks give the same bits
+    whatever the number of workers.
 
     Args:
         function: From a block to something that adds up.
@@ -105,8 +113,11 @@ def map_and_sum(
         done: Called with 1 after each block.
         fan_in: How many are added up at a time; take 2 where an answer is large.
     """
+    blocks = list(blocks)
+    coming = FetchAhead(blocks, _chunks)
 
     def counted(block: BlockT) -> SumT:
+        next(coming)  # Dask begins the blocks in their order
         answer = function(block)
         done(1)
         return answer
@@ -117,9 +128,17 @@ def map_and_sum(
     add = dask.delayed(_add_all, pure=False)
     while len(level) > 1:
         level = [add(level[i : i + fan_in]) for i in range(0, len(level), fan_in)]
-    (total,) = dask.compute(level[0])
+    with coming:
+        (total,) = dask.compute(level[0])
     result: SumT = total
     return result
+
+
+def _chunks(block: object) -> Iterator[Chunk]:
+    """Yield what a block of one store, or one of each of several, reads from object stores."""
+    for side in block if isinstance(block, tuple) else (block,):
+        if isinstance(side, RowBlock):
+            yield from side.chunks()
 
 
 def _add_all(parts: list[SumT]) -> SumT:
