@@ -4,6 +4,7 @@
     python benchmarks/feed.py batches       shuffled batches beside fancy indexing and zarr
     python benchmarks/feed.py blocks        an epoch in blocks beside a sequential read, from the disk
     python benchmarks/feed.py others        epochs beside SAELens, dictionary_learning and safetensors
+    python benchmarks/feed.py remote        an epoch from an object store, with and without fetching ahead
 
 Everything is measured in turn within one round, the order turning with the rounds; medians with quartiles, and
 medians of the ratios within a round. `blocks`: before each measurement the files are written back and dropped
@@ -11,6 +12,8 @@ from the page cache (posix_fadvise DONTNEED), so that every byte comes from the 
 larger than memory. `others`: one layer of one model over the same tokens, float32. SAELens reads back
 activations in its own format, its default mixing; dictionary_learning has none and runs the model; both live in
 environments of their own below `benchmarks/.envs` and are measured by a worker that waits while the others run.
+`remote`: moto's S3 server on loopback, in a process of its own, begins each answer 100 ms late; no chunk is on this
+machine when an epoch begins.
 """
 
 from __future__ import annotations
@@ -26,12 +29,14 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
 from actpipe.schemas.manifest import ArrayManifest, ModelIdentity, StoreManifest
+from feed_remote import forget_chunks, nothing_ahead, object_store
 from subjects import CONTEXT, D_MODEL, ROOT, SCRATCH, make_model
 
 from actpipe import ActivationLoader, HookedModel
@@ -41,6 +46,7 @@ from actpipe.planning import plan_parts
 from actpipe.stores.layout import RunFolder
 from actpipe.stores.mapping import forget_maps
 from actpipe.stores.reading import ActivationStore
+from actpipe.stores.remote import local_folder
 from actpipe.stores.writing import PartWriter, create_store
 
 HOOK = "blocks.2.hook_resid_post"
@@ -69,7 +75,7 @@ def make_store(folder: Path, blocks: Iterator[np.ndarray], n_rows: int, rows_per
         shape=record_shape(shape),
         arrays=(ArrayManifest(path=path, dtype=first.dtype.name, row_shape=first.shape[1:], axes=("row", "d_model")),),
     )
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     create_store(RunFolder(folder), manifest)
     for part in plan_parts(n_rows, rows_per_part):
         rows = first if part.index == 0 else next(blocks)
@@ -196,6 +202,35 @@ def blocks(folder: Path, n_rows: int, rounds: int) -> None:
     compare(title, {"feed, shuffle='blocks'": feed, "sequential read of the files": sequential}, rounds, 2 * WIDE)
 
 
+def remote(folder: Path, rounds: int, n_parts: int = 32, rows_per_part: int = 4096) -> None:
+    """A whole epoch of a run of which no chunk is on this machine."""
+    n_rows = n_parts * rows_per_part
+    with object_store(folder / "cache", 0.1) as url:
+        store = make_store(local_folder(url), random_parts(n_rows, rows_per_part), n_rows, rows_per_part)
+        orders = {
+            "shuffle='blocks', a part each": (
+                "blocks",
+                {"block_rows": rows_per_part, "buffer_rows": 4 * rows_per_part},
+            ),
+            "shuffle='rows'": ("rows", {}),
+        }
+
+        def epoch(shuffle: str, options: dict[str, int], ahead: AbstractContextManager[None]) -> float:
+            forget_chunks(store.folder.store)
+            with ahead:
+                return n_rows / seconds(
+                    lambda: [None for _ in ActivationLoader(store, HOOK, BATCH, shuffle, **options)]
+                )
+
+        for title, order in orders.items():
+            sides = {
+                "fetching ahead": lambda order=order: epoch(*order, nullcontext()),
+                "each chunk when it is needed": lambda order=order: epoch(*order, nothing_ahead()),
+            }
+            size = f"{n_parts} chunks of {2e-6 * WIDE * rows_per_part:.1f} MB"
+            compare(f"an epoch from S3 that answers 0.1 s late, {title}, {size}", sides, rounds, 2 * WIDE)
+
+
 def ready_environment(name: str) -> Path:
     """Return the interpreter of an environment with one of the others and our torch and transformers."""
     folder = ROOT / "benchmarks/.envs" / REQUIREMENTS[name].replace("==", "-").replace("_", "-")
@@ -306,7 +341,7 @@ def others(folder: Path, n_sequences: int, rounds: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("which", nargs="?", choices=["batches", "blocks", "others"])
+    parser.add_argument("which", nargs="?", choices=["batches", "blocks", "others", "remote"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rows", type=int, default=800_000, help="rows of `batches`; twice as many in `blocks`")
     parser.add_argument("--sequences", type=int, default=512, help="sequences of `others`")
@@ -317,6 +352,7 @@ def main() -> None:
         "batches": lambda folder: batches(folder, arguments.rows, arguments.rounds),
         "blocks": lambda folder: blocks(folder, 2 * arguments.rows, arguments.rounds),
         "others": lambda folder: others(folder, arguments.sequences, arguments.rounds),
+        "remote": lambda folder: remote(folder, arguments.rounds),
     }
     for name in [arguments.which] if arguments.which else choices:
         with tempfile.TemporaryDirectory(dir=SCRATCH) as folder:

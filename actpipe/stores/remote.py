@@ -77,9 +77,9 @@ def _opened(folder: Path, url: str) -> Remote:
 
 
 _OPENED: dict[tuple[Path, str], Remote] = {}
-os.register_at_fork(
-    after_in_child=_OPENED.clear
-)  # what the threads of the parent were fetching comes to the parent only
+os.register_at_fork(after_in_child=_OPENED.clear)
+_ASKED_BY: set[int] = set()
+"""Processes that have asked object stores; obstore's threads do not live on in a fork, and its requests hang there."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,12 @@ class Remote:
     def _objects(self) -> Any:
         from obstore.store import from_url
 
+        if _ASKED_BY and os.getpid() not in _ASKED_BY:
+            raise StorageError(
+                f"{self.url} cannot be read in a process that was forked after its parent has asked an object store; "
+                "start it anew: `multiprocessing_context='spawn'` in a DataLoader"
+            )
+        _ASKED_BY.add(os.getpid())
         with self._trouble_explained():
             return from_url(
                 self.url,

@@ -17,6 +17,7 @@ from feeding import POST, PRE, write_store
 from obstore.store import S3Store
 from rich.console import Console
 from support import TEXTS, all_bytes, make_recipe, run
+from torch.utils.data import DataLoader
 
 import actpipe
 from actpipe.describing import verify_run
@@ -365,6 +366,16 @@ def test_a_feed_that_is_left_begins_no_further_fetch(far_store, server, monkeypa
 
     assert there.in_vain == []
     assert sorted(there.asked) == list(range(1 + AT_ONCE))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_forked_workers_are_refused_and_new_ones_feed(far_store):
+    loader = actpipe.ActivationLoader(far_store(), PRE, 40)
+    with pytest.raises(StorageError, match="multiprocessing_context='spawn'"):
+        list(DataLoader(loader, batch_size=None, num_workers=1, multiprocessing_context="fork"))
+    batches = DataLoader(loader, batch_size=None, num_workers=1, multiprocessing_context="spawn")
+
+    assert sorted(row for batch in batches for row in batch["row"].tolist()) == list(range(480))
 
 
 def test_a_server_that_is_gone_is_said_so(bucket, corpus, monkeypatch):
