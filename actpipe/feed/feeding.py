@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, closing
-from dataclasses import asdict, dataclass
-from itertools import tee
+from dataclasses import asdict
+from itertools import chain, pairwise, tee
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,9 +17,10 @@ from torch.utils.data import IterableDataset, get_worker_info
 from actpipe.compute.casting import cast_rows
 from actpipe.errors import DtypeOverflowError, StoreMismatchError
 from actpipe.feed.ahead import ReadAhead
-from actpipe.feed.normalizing import NORMALIZATIONS, Normalize, Normalizer, Statistics, estimate_statistics
-from actpipe.feed.order import Deal, Group, Order, Shuffle
+from actpipe.feed.normalizing import Normalizer, Statistics, estimate_statistics
+from actpipe.feed.order import Deal, Group, Order
 from actpipe.feed.permutation import Indices, Permutation
+from actpipe.feed.settings import Delivery, FeedSettings
 from actpipe.stores.dtypes import numpy_dtype
 
 Rows = dict[str, torch.Tensor]
@@ -49,72 +50,18 @@ class RowReader(Protocol):
     def identity(self) -> dict[str, Any]:
         """What must be equal for the same place of an epoch to hold the same row; JSON values."""
 
+    @property
+    def at_random(self) -> bool:
+        """Whether rows are read from where they stand, however far apart, with nothing to unpack, fetch or compute."""
+
+    def announce(self, order: Order, places: Indices) -> None:
+        """Let the operating system begin to read what stands at some places of an epoch; only a hint."""
+
     def allocate(self, n_rows: int, *, pinned: bool) -> Rows:
         """Return tensors for as many rows."""
 
     def reading(self, order: Order, stretches: Iterable[Indices]) -> AbstractContextManager[Fill]:
         """Read stretches of places of an epoch, those that come later ahead of time where that helps."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class FeedSettings:
-    """How rows become batches; see `ActivationLoader`."""
-
-    batch_size: int
-    shuffle: Shuffle
-    seed: int
-    drop_last: bool
-    block_rows: int
-    buffer_rows: int
-    rank: int
-    world_size: int
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "block_rows", "buffer_rows", "world_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.shuffle not in ("rows", "blocks", None):
-            raise ValueError(f"shuffle must be 'rows', 'blocks' or None, got {self.shuffle!r}")
-        if self.seed < 0:
-            raise ValueError(f"seed must not be negative, got {self.seed}")
-        if not 0 <= self.rank < self.world_size:
-            raise ValueError(f"rank {self.rank} is not one of {self.world_size}; ranks count from 0")
-
-    def order(self, n_rows: int, epoch: int) -> Order:
-        """Return the order of one epoch."""
-        return Order(self.shuffle, n_rows, min(self.block_rows, n_rows), self.seed, epoch)
-
-    def deal(self, n_rows: int, n_workers: int) -> Deal:
-        """Return how the batches of an epoch are dealt out."""
-        group_batches = max(1, self.buffer_rows // self.batch_size) if self.shuffle == "blocks" else 1
-        return Deal(n_rows, self.batch_size, group_batches, self.world_size, n_workers, self.drop_last)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Delivery:
-    """What happens to a batch on its way out; see `ActivationLoader`."""
-
-    device: torch.device
-    dtype: torch.dtype | None
-    read_ahead: int
-    normalize: Normalize
-
-    @classmethod
-    def of(
-        cls, device: torch.device | str, dtype: torch.dtype | str | None, *, read_ahead: int, normalize: Normalize
-    ) -> Delivery:
-        """Return a delivery; devices and element types may be given by name."""
-        if isinstance(dtype, str):
-            dtype = getattr(torch, dtype, None) or dtype
-        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise ValueError(f"dtype must be a floating type of torch, got {dtype!r}")
-        if normalize not in (*NORMALIZATIONS, None):
-            raise ValueError(f"normalize must be one of {', '.join(NORMALIZATIONS)} or None, got {normalize!r}")
-        if read_ahead < 0:
-            raise ValueError(f"read_ahead must not be negative, got {read_ahead}")
-        if dtype is None and normalize is not None:
-            dtype = torch.float32
-        return cls(device=torch.device(device), dtype=dtype, read_ahead=read_ahead, normalize=normalize)
 
 
 class Feed(IterableDataset[Rows]):
@@ -269,16 +216,35 @@ class Feed(IterableDataset[Rows]):
         skip = (taken + n_workers - 1 - worker) // n_workers
         order = self._settings.order(self._reader.n_rows, self._epoch)
         groups, coming = tee(_after(self._deal(n_workers).groups(self._settings.rank, worker), skip))
-        with self._reader.reading(order, (np.arange(group.start, group.stop) for group, _ in coming)) as fill:
-            if self._settings.shuffle == "blocks":
-                yield from self._mixed(order, groups, fill)
-                return
-            for group, _ in groups:
-                yield _filled(self._allocate(group.n_rows), fill)
+        if self._settings.shuffle == "blocks" and not self._reader.at_random:
+            with self._reader.reading(order, (np.arange(group.start, group.stop) for group, _ in coming)) as fill:
+                yield from self._buffered(order, groups, fill)
+            return
+        if self._settings.shuffle == "blocks":
+            groups = self._announced(order, groups)
+        with self._reader.reading(order, self._places(order, coming)) as fill:
+            for places in self._places(order, groups):
+                yield _filled(self._allocate(len(places)), fill)
 
-    def _mixed(self, order: Order, groups: Iterator[tuple[Group, int]], fill: Fill) -> Iterator[Rows]:
-        """Yield batches of rows drawn from a whole group; while one group goes out, a thread reads the next."""
+    def _places(self, order: Order, groups: Iterator[tuple[Group, int]]) -> Iterator[Indices]:
+        """Yield the places of each batch; those of a group of blocks are mixed with one another."""
         size = self._settings.batch_size
+        for group, first in groups:
+            mixed = Permutation(group.n_rows, order.seed, order.epoch, _MIX, group.first_batch)
+            for number in range(first, group.n_batches):
+                places = np.arange(number * size, min((number + 1) * size, group.n_rows))
+                yield group.start + (mixed(places) if order.shuffle == "blocks" else places)
+
+    def _announced(self, order: Order, groups: Iterator[tuple[Group, int]]) -> Iterator[tuple[Group, int]]:
+        """Yield groups, after the system has been asked to read the one that follows."""
+        for group, following in pairwise(chain([None], groups, [None])):
+            if following is not None:
+                self._reader.announce(order, np.arange(following[0].start, following[0].stop))
+            if group is not None:
+                yield group
+
+    def _buffered(self, order: Order, groups: Iterator[tuple[Group, int]], fill: Fill) -> Iterator[Rows]:
+        """Yield batches of rows drawn from a whole group; while one group goes out, a thread reads the next."""
         spare = [self._buffer() for _ in range(2)]
 
         def read() -> Iterator[tuple[Group, int, Rows]]:
@@ -292,11 +258,9 @@ class Feed(IterableDataset[Rows]):
         coming = ReadAhead(read(), 1)
         with coming:
             for group, first, rows in coming:
-                mixed = Permutation(group.n_rows, order.seed, order.epoch, _MIX, group.first_batch)
-                for number in range(first, group.n_batches):
-                    places = np.arange(number * size, min((number + 1) * size, group.n_rows))
+                for places in self._places(order, iter([(group, first)])):
                     batch = self._allocate(len(places))
-                    _pick(rows, mixed(places), batch)
+                    _pick(rows, np.sort(places) - group.start, batch)
                     yield batch
                 spare.append(rows)
 
@@ -362,18 +326,6 @@ def _this_worker() -> tuple[int, int]:
     """Return the number of this DataLoader worker, and how many there are; outside of one, the only one."""
     info = get_worker_info()
     return (0, 1) if info is None else (info.id, info.num_workers)
-
-
-def this_rank(rank: int | None, world_size: int | None) -> tuple[int, int]:
-    """Return rank and number of ranks: as given, as torch.distributed says, or the only one."""
-    if (rank is None) != (world_size is None):
-        raise ValueError(f"give both rank and world_size or neither, got {rank} and {world_size}")
-    if rank is not None and world_size is not None:
-        return rank, world_size
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_rank(), distributed.get_world_size()
-    return 0, 1
 
 
 def _check_statistics(statistics: Statistics, names: tuple[str, ...]) -> None:

@@ -115,6 +115,14 @@ class LiveRows:
         """Names of the activations that are not integers."""
         return tuple(name for name, array in self._arrays.items() if array.dtype.is_floating_point)
 
+    @property
+    def at_random(self) -> bool:
+        """False: a sequence is run as a whole."""
+        return False
+
+    def announce(self, order: Order, places: Indices) -> None:
+        """Nothing is read."""
+
     def allocate(self, n_rows: int, *, pinned: bool) -> Rows:
         """Return tensors for as many rows."""
         shapes = {name: (array.row_shape, array.dtype) for name, array in self._arrays.items()}

@@ -10,11 +10,12 @@ import torch
 from actpipe.describing import open_run
 from actpipe.errors import IncompleteStoreError, UnknownHookError
 from actpipe.feed.documents import Split, class_names, join_labels
-from actpipe.feed.feeding import Delivery, Feed, FeedSettings, this_rank
+from actpipe.feed.feeding import Feed
 from actpipe.feed.mixing import Mixture
 from actpipe.feed.normalizing import Normalize, Statistics
 from actpipe.feed.order import Shuffle
 from actpipe.feed.selection import RowSet, Selection, select_rows
+from actpipe.feed.settings import Delivery, FeedSettings, this_rank
 from actpipe.feed.stored import Source, StoredRows
 from actpipe.hooks import HookName, build_catalogue, select_hooks
 from actpipe.planning import plan_parts

@@ -35,12 +35,19 @@ class Order:
             return places
         if self.shuffle == "rows":
             return Permutation(self.n_rows, self.seed, self.epoch, _ROWS)(places)
-        n_blocks = self.n_rows // self.block_rows
         block, offset = np.divmod(places, self.block_rows)
-        whole = np.flatnonzero(block < n_blocks)
-        block[whole] = Permutation(n_blocks, self.seed, self.epoch, _BLOCKS)(block[whole])
         shift = int(np.random.default_rng((self.seed, self.epoch, _SHIFT)).integers(self.n_rows))
-        return (block * self.block_rows + offset + shift) % self.n_rows
+        return (self._block(block) * self.block_rows + offset + shift) % self.n_rows
+
+    def _block(self, numbers: Indices) -> Indices:
+        """Return which blocks come at these numbers; the last, which is not whole, stays where it is."""
+        first = int(numbers.min(initial=self.n_rows))
+        close = int(numbers.max(initial=-1)) - first < len(numbers)
+        blocks = np.arange(first, int(numbers.max(initial=-1)) + 1) if close else numbers.copy()
+        n_blocks = self.n_rows // self.block_rows
+        whole = np.flatnonzero(blocks < n_blocks)
+        blocks[whole] = Permutation(n_blocks, self.seed, self.epoch, _BLOCKS)(blocks[whole])
+        return blocks[numbers - first] if close else blocks
 
 
 @dataclass(frozen=True)

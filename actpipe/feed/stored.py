@@ -112,15 +112,31 @@ class StoredRows:
 
             yield fill
 
-    def _pieces(self, order: Order, places: Indices) -> Iterator[_Piece]:
-        """Yield what the rows at these places are read in: sorted by store and row, some at a time."""
+    @property
+    def at_random(self) -> bool:
+        """Whether the arrays are files of this machine that hold rows as they are."""
+        return all(array.is_mapped for source in self._sources for array in source.arrays.values())
+
+    def announce(self, order: Order, places: Indices) -> None:
+        """Let the operating system begin to read what stands at these places; only a hint."""
+        source, rows = self._sorted(order, places)
+        for number, here in self._of_sources(source):
+            for array in self._sources[number].arrays.values():
+                array.announce(rows[here])
+
+    def _sorted(self, order: Order, places: Indices) -> tuple[Indices, Indices]:
+        """Return source and row of what stands at these places, sorted by both."""
         source, within = self._mixture.locate(order(places), order.epoch)
         rows = np.empty_like(within)
         for number in range(len(self._sources)):
             here = np.flatnonzero(source == number)
             rows[here] = self._sources[number].rows(within[here])
         both = np.sort(source << _ROW_BITS | rows)
-        source, rows = both >> _ROW_BITS, both & (1 << _ROW_BITS) - 1
+        return both >> _ROW_BITS, both & (1 << _ROW_BITS) - 1
+
+    def _pieces(self, order: Order, places: Indices) -> Iterator[_Piece]:
+        """Yield what the rows at these places are read in, some at a time."""
+        source, rows = self._sorted(order, places)
         for start in range(0, len(rows), _ROWS_AT_ONCE):
             piece = slice(start, min(start + _ROWS_AT_ONCE, len(rows)))
             yield _Piece(source[piece], rows[piece], piece, is_last=piece.stop == len(rows))

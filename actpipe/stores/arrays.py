@@ -26,6 +26,8 @@ from actpipe.stores.remote import remote_of
 
 _LONG_RUN = 16
 """Rows that follow one another, from which on reading them beats copying them out of a map."""
+_HINT_BYTES = 2**19
+"""Most bytes of one hint: the operating system cuts longer ones short."""
 _TRIES = 8
 """How often a chunk is fetched again where others make room of it before it is opened."""
 _UNPACKED_CHUNKS = 8
@@ -192,38 +194,57 @@ class StoredArray:
             return
         assert rows[0] >= 0, "rows must be in the store"
         assert rows[-1] < self.n_rows, "rows must be in the store"
-        first, last = int(rows[0]) // self.rows_per_part, int(rows[-1]) // self.rows_per_part
-        bounds = np.searchsorted(rows, np.arange(first, last + 2) * self.rows_per_part).tolist()
-        pieces = [(first + n, slice(*bound)) for n, bound in enumerate(pairwise(bounds)) if bound[0] < bound[1]]
-        runs = np.flatnonzero(np.diff(rows) != 1) + 1
-        if self._is_bare and len(runs) * _LONG_RUN < len(rows):
-            for reads in (self._announce, self._read_run):  # all of it is under way before the first is waited for
-                for part, here in pieces:
-                    inside = runs[slice(*np.searchsorted(runs, [here.start + 1, here.stop]))].tolist()
-                    with self._open(self.manifest.path, part, self.ndim, FileIO) as file:
-                        for start, stop in pairwise([here.start, *inside, here.stop]):
-                            reads(file, int(rows[start]) - part * self.rows_per_part, into[start:stop])
+        n_runs = 1 + np.count_nonzero(np.diff(rows) != 1)
+        if self._is_bare and (n_runs - 1) * _LONG_RUN < len(rows):
+            self.announce(rows)  # all of it is under way before the first is waited for
+            for file, offset, here in self._runs(rows):
+                self._read_run(file, offset, into[here])
             return
-        for part, here in pieces:
+        for part, here in self._pieces(rows):
             chosen = rows[here] - part * self.rows_per_part
             if self.manifest.quantisation is None:
                 np.take(self.part(part), chosen, axis=0, out=into[here], mode="clip")  # other modes copy twice
             else:
                 into[here] = self._rows_of(part, chosen)
 
+    def announce(self, rows: npt.NDArray[np.int64]) -> None:
+        """Let the operating system begin to read rows whose numbers ascend; only a hint, for bare files."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        for file, offset, here in self._runs(rows):
+            stop = offset + (here.stop - here.start) * self.row_bytes
+            for start in range(offset, stop, _HINT_BYTES):
+                n_bytes = min(_HINT_BYTES, stop - start)
+                os.posix_fadvise(file.fileno(), start, n_bytes, os.POSIX_FADV_WILLNEED)
+
+    def _pieces(self, rows: npt.NDArray[np.int64]) -> Iterator[tuple[int, slice]]:
+        """Yield the parts that rows come from, which ascend, each with where its rows stand among them."""
+        first, last = int(rows[0]) // self.rows_per_part, int(rows[-1]) // self.rows_per_part
+        bounds = np.searchsorted(rows, np.arange(first, last + 2) * self.rows_per_part).tolist()
+        return ((first + n, slice(*bound)) for n, bound in enumerate(pairwise(bounds)) if bound[0] < bound[1])
+
+    def _runs(self, rows: npt.NDArray[np.int64]) -> Iterator[tuple[FileIO, int, slice]]:
+        """Yield runs of rows that follow one another: the file, the byte where it begins, where it stands in `rows`."""
+        runs = np.flatnonzero(np.diff(rows) != 1) + 1
+        for part, here in self._pieces(rows):
+            inside = runs[slice(*np.searchsorted(runs, [here.start + 1, here.stop]))].tolist()
+            with self._open(self.manifest.path, part, self.ndim, FileIO) as file:
+                for start, stop in pairwise([here.start, *inside, here.stop]):
+                    yield file, (int(rows[start]) - part * self.rows_per_part) * self.row_bytes, slice(start, stop)
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether rows are read from files of this machine that hold them as they are."""
+        return self._is_bare and remote_of(self.store) is None
+
     @property
     def _is_bare(self) -> bool:
         """Whether chunk files hold the array's own bytes and nothing else."""
         return self.codec == "none" and self.manifest.quantisation is None
 
-    def _announce(self, file: FileIO, row: int, into: npt.NDArray[Any]) -> None:
-        """Let the operating system begin to read rows of a part; only a hint."""
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(file.fileno(), row * self.row_bytes, into.nbytes, os.POSIX_FADV_WILLNEED)
-
-    def _read_run(self, file: FileIO, row: int, into: npt.NDArray[Any]) -> None:
+    def _read_run(self, file: FileIO, offset: int, into: npt.NDArray[Any]) -> None:
         """Read rows of a part that follow one another."""
-        file.seek(row * self.row_bytes)
+        file.seek(offset)
         wanted = into.reshape(-1).view(np.uint8).data
         while wanted and (n_read := file.readinto(wanted)):
             wanted = wanted[n_read:]
