@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, closing
 from dataclasses import asdict
-from itertools import chain, pairwise, tee
 from typing import Any, Protocol
 
 import numpy as np
@@ -215,33 +214,37 @@ class Feed(IterableDataset[Rows]):
         worker = (worker + taken) % n_workers  # whose turn it is comes first
         skip = (taken + n_workers - 1 - worker) // n_workers
         order = self._settings.order(self._reader.n_rows, self._epoch)
-        groups, coming = tee(_after(self._deal(n_workers).groups(self._settings.rank, worker), skip))
+        groups, coming = (_after(self._deal(n_workers).groups(self._settings.rank, worker), skip) for _ in range(2))
         if self._settings.shuffle == "blocks" and not self._reader.at_random:
             with self._reader.reading(order, (np.arange(group.start, group.stop) for group, _ in coming)) as fill:
                 yield from self._buffered(order, groups, fill)
             return
-        if self._settings.shuffle == "blocks":
-            groups = self._announced(order, groups)
-        with self._reader.reading(order, self._places(order, coming)) as fill:
-            for places in self._places(order, groups):
+        depth = 1 if self._settings.shuffle == "blocks" else 0
+        with (
+            ReadAhead(self._announced(order, groups), depth) as announced,
+            self._reader.reading(order, self._places(order, coming)) as fill,
+        ):
+            for places in self._places(order, announced):
                 yield _filled(self._allocate(len(places)), fill)
 
     def _places(self, order: Order, groups: Iterator[tuple[Group, int]]) -> Iterator[Indices]:
         """Yield the places of each batch; those of a group of blocks are mixed with one another."""
         size = self._settings.batch_size
         for group, first in groups:
-            mixed = Permutation(group.n_rows, order.seed, order.epoch, _MIX, group.first_batch)
-            for number in range(first, group.n_batches):
-                places = np.arange(number * size, min((number + 1) * size, group.n_rows))
-                yield group.start + (mixed(places) if order.shuffle == "blocks" else places)
+            batches: Iterator[Indices] = (
+                np.arange(number * size, min((number + 1) * size, group.n_rows))
+                for number in range(first, group.n_batches)
+            )
+            if order.shuffle == "blocks":
+                batches = map(Permutation(group.n_rows, order.seed, order.epoch, _MIX, group.first_batch), batches)
+            yield from (group.start + places for places in batches)
 
     def _announced(self, order: Order, groups: Iterator[tuple[Group, int]]) -> Iterator[tuple[Group, int]]:
-        """Yield groups, after the system has been asked to read the one that follows."""
-        for group, following in pairwise(chain([None], groups, [None])):
-            if following is not None:
-                self._reader.announce(order, np.arange(following[0].start, following[0].stop))
-            if group is not None:
-                yield group
+        """Yield groups; those of blocks after the system has been asked to read them."""
+        for group, first in groups:
+            if order.shuffle == "blocks":
+                self._reader.announce(order, np.arange(group.start, group.stop))
+            yield group, first
 
     def _buffered(self, order: Order, groups: Iterator[tuple[Group, int]], fill: Fill) -> Iterator[Rows]:
         """Yield batches of rows drawn from a whole group; while one group goes out, a thread reads the next."""

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, pairwise
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from actpipe.feed.permutation import Indices
 from actpipe.feed.selection import RowSet
 from actpipe.stores.arrays import StoredArray
 from actpipe.stores.fetching import Chunk, FetchAhead
+from actpipe.stores.mapping import MAPPED_FILES
 from actpipe.stores.reading import ActivationStore
 
 _ROWS_AT_ONCE = 16_384
@@ -114,8 +116,9 @@ class StoredRows:
 
     @property
     def at_random(self) -> bool:
-        """Whether the arrays are files of this machine that hold rows as they are."""
-        return all(array.is_mapped for source in self._sources for array in source.arrays.values())
+        """Whether all arrays are files of this machine that hold rows as they are, and can stay mapped together."""
+        arrays = [array for source in self._sources for array in source.arrays.values()]
+        return all(array.is_mapped for array in arrays) and sum(array.n_parts for array in arrays) <= MAPPED_FILES
 
     def announce(self, order: Order, places: Indices) -> None:
         """Let the operating system begin to read what stands at these places; only a hint."""
@@ -144,7 +147,7 @@ class StoredRows:
     def _chunks(self, piece: _Piece) -> Iterator[Chunk]:
         """Yield the chunks of object stores that a piece reads, in order."""
         for number, here in self._of_sources(piece.source):
-            for array in self._sources[number].arrays.values():
+            for array in filter(attrgetter("is_far"), self._sources[number].arrays.values()):
                 yield from array.chunks(np.unique(piece.rows[here] // array.rows_per_part).tolist())
 
     def _of_sources(self, source: Indices) -> Iterator[tuple[int, slice]]:

@@ -36,18 +36,18 @@ _UNPACKED_CHUNKS = 8
 Opened = TypeVar("Opened")
 
 
-def _open_chunk(path: Path, dtype: str, shape: tuple[int, ...], codec: Codec) -> npt.NDArray[Any]:
+def _open_chunk(path: str, dtype: str, shape: tuple[int, ...], codec: Codec) -> npt.NDArray[Any]:
     """Open a chunk file: mapped, so that only what is touched is read, or decompressed whole."""
-    status = path.stat()
+    status = os.stat(path)  # noqa: PTH116 - a Path takes longer to make than the rest to do
     version = (status.st_ino, status.st_mtime_ns)
     opened = map_file(path, version) if codec == "none" else _unpack_file(path, codec, version)
     return opened.view(numpy_dtype(dtype)).reshape(shape)
 
 
 @lru_cache(maxsize=_UNPACKED_CHUNKS)
-def _unpack_file(path: Path, codec: Codec, version: tuple[int, int]) -> npt.NDArray[np.uint8]:
+def _unpack_file(path: str, codec: Codec, version: tuple[int, int]) -> npt.NDArray[np.uint8]:
     del version
-    return decompress(codec, path)
+    return decompress(codec, Path(path))
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class StoredArray:
         """Open a chunk of an array."""
         return self._open(path, part, len(shape), lambda file: _open_chunk(file, dtype, shape, self.codec))
 
-    def _open(self, path: str, part: int, n_axes: int, opened: Callable[[Path], Opened]) -> Opened:
+    def _open(self, path: str, part: int, n_axes: int, opened: Callable[[str], Opened]) -> Opened:
         """Open a chunk file, which an object store behind the folder may have to give first."""
         file = self._file(path, part, n_axes)
         for _ in range(_TRIES):
@@ -128,14 +128,14 @@ class StoredArray:
                 return opened(file)
             except FileNotFoundError:  # not fetched yet, or removed in between to make room for another
                 remote = remote_of(self.store)
-                if remote is None or not remote.chunks.fetch(file):
+                if remote is None or not remote.chunks.fetch(Path(file)):
                     break
         raise IncompleteStoreError(
             f"part {part} of {path} is not there: {file} is missing; run the recipe again to finish the store"
         )
 
-    def _file(self, path: str, part: int, n_axes: int) -> Path:
-        return self.store.joinpath(path, "c", str(part), *("0" for _ in range(n_axes - 1)))
+    def _file(self, path: str, part: int, n_axes: int) -> str:
+        return f"{self.store}/{path}/c/{part}{'/0' * (n_axes - 1)}"
 
     def chunks(self, parts: Iterable[int]) -> Iterator[Chunk]:
         """Yield the chunks of some parts that an object store has; none where the store is on this machine alone."""
@@ -150,7 +150,7 @@ class StoredArray:
             arrays.append((kept.channel_scales, self.ndim, 4 * values))
         for part in parts:
             for path, n_axes, n_bytes in arrays:
-                yield Chunk(remote.chunks, self._file(path, part, n_axes), n_bytes)
+                yield Chunk(remote.chunks, Path(self._file(path, part, n_axes)), n_bytes)
 
     def read(self, start: int, stop: int) -> npt.NDArray[Any]:
         """Return rows `[start, stop)`; a view of the mapped file where one part holds them all."""
@@ -235,7 +235,17 @@ class StoredArray:
     @property
     def is_mapped(self) -> bool:
         """Whether rows are read from files of this machine that hold them as they are."""
-        return self._is_bare and remote_of(self.store) is None
+        return self._is_bare and not self.is_far
+
+    @property
+    def is_far(self) -> bool:
+        """Whether an object store is behind the folder."""
+        return remote_of(self.store) is not None
+
+    @property
+    def n_parts(self) -> int:
+        """Parts, the last of which may be shorter."""
+        return -(-self.n_rows // self.rows_per_part)
 
     @property
     def _is_bare(self) -> bool:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import resource
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-_MAPPED_FILES = 512
+MAPPED_FILES = max(64, min(16_384, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2))
+"""Files that stay mapped; each takes one of the open files that the system allows (`ulimit -n`)."""
 
 
-@lru_cache(maxsize=_MAPPED_FILES)
-def map_file(path: Path, version: tuple[int, int]) -> npt.NDArray[np.uint8]:
+@lru_cache(maxsize=MAPPED_FILES)
+def map_file(path: str, version: tuple[int, int]) -> npt.NDArray[np.uint8]:
     """Map one version of a file: one that was written anew is mapped anew."""
     del version
     return np.asarray(np.memmap(path, mode="r", dtype=np.uint8))
