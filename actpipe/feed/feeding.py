@@ -51,7 +51,7 @@ class RowReader(Protocol):
 
     @property
     def at_random(self) -> bool:
-        """Whether rows are read from where they stand, however far apart, with nothing to unpack, fetch or compute."""
+        """Whether rows may be read where they stand, far apart and in many turns: nothing is unpacked or read again."""
 
     def announce(self, order: Order, places: Indices) -> None:
         """Let the operating system begin to read what stands at some places of an epoch; only a hint."""

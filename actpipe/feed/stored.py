@@ -22,9 +22,12 @@ from actpipe.feed.selection import RowSet
 from actpipe.stores.arrays import StoredArray
 from actpipe.stores.fetching import Chunk, FetchAhead
 from actpipe.stores.mapping import MAPPED_FILES
+from actpipe.stores.memory import room_for_files
 from actpipe.stores.reading import ActivationStore
 
 _ROWS_AT_ONCE = 16_384
+_SHARE_OF_MEMORY = 0.8
+"""Of what memory has room for, what files may take that are read again and again; the rest is for batches."""
 _ROW_BITS = 48
 """A source and a row in one number, to sort by both: 2^48 rows, 2^15 sources."""
 
@@ -116,9 +119,11 @@ class StoredRows:
 
     @property
     def at_random(self) -> bool:
-        """Whether all arrays are files of this machine that hold rows as they are, and can stay mapped together."""
+        """Whether all arrays are files of this machine that hold rows as they are, and can stay in memory together."""
         arrays = [array for source in self._sources for array in source.arrays.values()]
-        return all(array.is_mapped for array in arrays) and sum(array.n_parts for array in arrays) <= MAPPED_FILES
+        if not all(array.is_mapped for array in arrays) or sum(array.n_parts for array in arrays) > MAPPED_FILES:
+            return False
+        return sum(array.n_rows * array.row_bytes for array in arrays) <= _SHARE_OF_MEMORY * room_for_files()
 
     def announce(self, order: Order, places: Indices) -> None:
         """Let the operating system begin to read what stands at these places; only a hint."""
