@@ -17,15 +17,15 @@ from actpipe.compute.casting import cast_rows
 from actpipe.errors import DtypeOverflowError, StoreMismatchError
 from actpipe.feed.ahead import ReadAhead
 from actpipe.feed.normalizing import Normalizer, Statistics, estimate_statistics
-from actpipe.feed.order import Deal, Group, Order
-from actpipe.feed.permutation import Indices, Permutation
+from actpipe.feed.order import Deal, Group, Order, Stretch
+from actpipe.feed.permutation import Permutation
 from actpipe.feed.settings import Delivery, FeedSettings
 from actpipe.stores.dtypes import numpy_dtype
 
 Rows = dict[str, torch.Tensor]
 """Tensors by name; row `i` of each is the same token."""
 Fill = Callable[[Rows], Iterator[None]]
-"""Reads the rows of the next stretch, in any order that does not change; may be left at each yield."""
+"""Reads the rows of the next stretch; may be left at each yield."""
 _STATE_VERSION = 1
 _MIX = 3
 _SAMPLE_EPOCH = 2**31
@@ -53,14 +53,14 @@ class RowReader(Protocol):
     def at_random(self) -> bool:
         """Whether rows may be read where they stand, far apart and in many turns: nothing is unpacked or read again."""
 
-    def announce(self, order: Order, places: Indices) -> None:
-        """Let the operating system begin to read what stands at some places of an epoch; only a hint."""
+    def announce(self, order: Order, stretch: Stretch) -> None:
+        """Let the operating system begin to read a stretch of an epoch; only a hint."""
 
     def allocate(self, n_rows: int, *, pinned: bool) -> Rows:
         """Return tensors for as many rows."""
 
-    def reading(self, order: Order, stretches: Iterable[Indices]) -> AbstractContextManager[Fill]:
-        """Read stretches of places of an epoch, those that come later ahead of time where that helps."""
+    def reading(self, order: Order, stretches: Iterable[Stretch]) -> AbstractContextManager[Fill]:
+        """Read stretches of an epoch, those that come later ahead of time where that helps."""
 
 
 class Feed(IterableDataset[Rows]):
@@ -216,43 +216,43 @@ class Feed(IterableDataset[Rows]):
         order = self._settings.order(self._reader.n_rows, self._epoch)
         groups, coming = (_after(self._deal(n_workers).groups(self._settings.rank, worker), skip) for _ in range(2))
         if self._settings.shuffle == "blocks" and not self._reader.at_random:
-            with self._reader.reading(order, (np.arange(group.start, group.stop) for group, _ in coming)) as fill:
+            with self._reader.reading(order, (Stretch(group.start, group.stop) for group, _ in coming)) as fill:
                 yield from self._buffered(order, groups, fill)
             return
         depth = 1 if self._settings.shuffle == "blocks" else 0
         with (
             ReadAhead(self._announced(order, groups), depth) as announced,
-            self._reader.reading(order, self._places(order, coming)) as fill,
+            self._reader.reading(order, self._stretches(order, coming)) as fill,
         ):
-            for places in self._places(order, announced):
-                yield _filled(self._allocate(len(places)), fill)
+            for stretch in self._stretches(order, announced):
+                yield _filled(self._allocate(stretch.n_rows), fill)
 
-    def _places(self, order: Order, groups: Iterator[tuple[Group, int]]) -> Iterator[Indices]:
-        """Yield the places of each batch; those of a group of blocks are mixed with one another."""
+    def _stretches(self, order: Order, groups: Iterator[tuple[Group, int]]) -> Iterator[Stretch]:
+        """Yield what each batch holds: the rows of a group, or some that are drawn from those of a group of blocks."""
         size = self._settings.batch_size
         for group, first in groups:
-            batches: Iterator[Indices] = (
-                np.arange(number * size, min((number + 1) * size, group.n_rows))
-                for number in range(first, group.n_batches)
-            )
-            if order.shuffle == "blocks":
-                batches = map(Permutation(group.n_rows, order.seed, order.epoch, _MIX, group.first_batch), batches)
-            yield from (group.start + places for places in batches)
+            if order.shuffle != "blocks":
+                yield Stretch(group.start, group.stop)
+                continue
+            mixed = Permutation(group.n_rows, order.seed, order.epoch, _MIX, group.first_batch)
+            for number in range(first, group.n_batches):
+                drawn = mixed(np.arange(number * size, min((number + 1) * size, group.n_rows)))
+                yield Stretch(group.start, group.stop, np.sort(drawn))
 
     def _announced(self, order: Order, groups: Iterator[tuple[Group, int]]) -> Iterator[tuple[Group, int]]:
         """Yield groups; those of blocks after the system has been asked to read them."""
         for group, first in groups:
             if order.shuffle == "blocks":
-                self._reader.announce(order, np.arange(group.start, group.stop))
+                self._reader.announce(order, Stretch(group.start, group.stop))
             yield group, first
 
     def _buffered(self, order: Order, groups: Iterator[tuple[Group, int]], fill: Fill) -> Iterator[Rows]:
         """Yield batches of rows drawn from a whole group; while one group goes out, a thread reads the next."""
-        spare = [self._buffer() for _ in range(2)]
+        spare: list[Rows] = []
 
         def read() -> Iterator[tuple[Group, int, Rows]]:
             for group, first in groups:
-                rows = spare.pop()
+                rows = spare.pop() if spare else self._buffer()
                 for _ in fill({name: tensor[: group.n_rows] for name, tensor in rows.items()}):
                     if coming.closed:
                         return
@@ -261,9 +261,9 @@ class Feed(IterableDataset[Rows]):
         coming = ReadAhead(read(), 1)
         with coming:
             for group, first, rows in coming:
-                for places in self._places(order, iter([(group, first)])):
-                    batch = self._allocate(len(places))
-                    _pick(rows, np.sort(places) - group.start, batch)
+                for stretch in self._stretches(order, iter([(group, first)])):
+                    batch = self._allocate(stretch.n_rows)
+                    _pick(rows, stretch, batch)
                     yield batch
                 spare.append(rows)
 
@@ -291,9 +291,10 @@ class Feed(IterableDataset[Rows]):
         order = Order("blocks", total, min(_SAMPLE_BLOCK_ROWS, total), self._settings.seed, _SAMPLE_EPOCH)
 
         stop = min(n_rows, total)
-        stretches = [np.arange(start, min(start + _SAMPLE_AT_ONCE, stop)) for start in range(0, stop, _SAMPLE_AT_ONCE)]
+        starts = range(0, stop, _SAMPLE_AT_ONCE)
+        stretches = [Stretch(start, min(start + _SAMPLE_AT_ONCE, stop)) for start in starts]
         with self._reader.reading(order, stretches) as fill:
-            sample = (_filled(self._reader.allocate(len(places), pinned=False), fill) for places in stretches)
+            sample = (_filled(self._reader.allocate(each.n_rows, pinned=False), fill) for each in stretches)
             pieces = ({name: rows[name] for name in self._reader.activation_names} for rows in sample)
             return estimate_statistics(self._delivery.normalize, pieces)
 
@@ -312,9 +313,10 @@ def _filled(rows: Rows, fill: Fill) -> Rows:
     return rows
 
 
-def _pick(rows: Rows, chosen: Indices, into: Rows) -> None:
+def _pick(rows: Rows, stretch: Stretch, into: Rows) -> None:
+    assert stretch.chosen is not None, "batches of blocks are drawn from a group"
     for name, tensor in rows.items():
-        np.take(as_numpy(tensor), chosen, axis=0, out=as_numpy(into[name]), mode="clip")
+        np.take(as_numpy(tensor), stretch.chosen, axis=0, out=as_numpy(into[name]), mode="clip")
 
 
 def _after(groups: Iterator[Group], n_batches: int) -> Iterator[tuple[Group, int]]:

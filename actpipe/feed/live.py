@@ -13,7 +13,7 @@ import torch
 
 from actpipe.feed.documents import Labels
 from actpipe.feed.feeding import Fill, Rows
-from actpipe.feed.order import Order
+from actpipe.feed.order import Order, Stretch
 from actpipe.feed.permutation import Indices, Permutation
 from actpipe.feed.selection import RowSet
 from actpipe.records import Sequence
@@ -120,7 +120,7 @@ class LiveRows:
         """False: a sequence is run as a whole."""
         return False
 
-    def announce(self, order: Order, places: Indices) -> None:
+    def announce(self, order: Order, stretch: Stretch) -> None:
         """Nothing is read."""
 
     def allocate(self, n_rows: int, *, pinned: bool) -> Rows:
@@ -133,13 +133,13 @@ class LiveRows:
         }
 
     @contextmanager
-    def reading(self, order: Order, stretches: Iterable[Indices]) -> Iterator[Fill]:
-        """Compute stretches of places of an epoch, with a yield after each forward pass."""
+    def reading(self, order: Order, stretches: Iterable[Stretch]) -> Iterator[Fill]:
+        """Compute stretches of an epoch, with a yield after each forward pass."""
         coming = iter(stretches)
         yield lambda into: self._compute(order, next(coming), into)
 
-    def _compute(self, order: Order, places: Indices, into: Rows) -> Iterator[None]:
-        wanted = dict(self._stretch(order, int(places[0]), len(places)))
+    def _compute(self, order: Order, stretch: Stretch, into: Rows) -> Iterator[None]:
+        wanted = dict(self._stretch(order, stretch.start, stretch.n_rows))
         for batch in self._run([self._tokens.sequence(number) for number in wanted]):
             for sequence, activations in batch:
                 self._put(sequence, activations, wanted[sequence.sequence], into)

@@ -77,6 +77,23 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Stretch:
+    """What is read at once: the rows at places `[start, stop)`, or those of them that are `chosen`.
+
+    A reader gives the rows of a range of places in an order of its own; `chosen` are numbers in that order, and ascend.
+    """
+
+    start: int
+    stop: int
+    chosen: Indices | None = None
+
+    @property
+    def n_rows(self) -> int:
+        """Rows that are read."""
+        return self.stop - self.start if self.chosen is None else len(self.chosen)
+
+
+@dataclass(frozen=True)
 class Deal:
     """Deals the batches of an epoch out in groups, to streams: one per worker of each rank.
 

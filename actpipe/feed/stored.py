@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import chain, pairwise
 from operator import attrgetter
 from typing import Any
@@ -16,7 +17,7 @@ from actpipe.errors import StoreMismatchError
 from actpipe.feed.documents import Labels
 from actpipe.feed.feeding import Fill, Rows, as_numpy
 from actpipe.feed.mixing import Mixture
-from actpipe.feed.order import Order
+from actpipe.feed.order import Order, Stretch
 from actpipe.feed.permutation import Indices
 from actpipe.feed.selection import RowSet
 from actpipe.stores.arrays import StoredArray
@@ -102,11 +103,19 @@ class StoredRows:
         return rows | {name: torch.empty(n_rows, dtype=dtype, pin_memory=pinned) for name, dtype in single.items()}
 
     @contextmanager
-    def reading(self, order: Order, stretches: Iterable[Indices]) -> Iterator[Fill]:
-        """Read stretches of places of an epoch, each in the order of the stores, while chunks to come are fetched."""
-        with FetchAhead(
-            chain.from_iterable(self._pieces(order, places) for places in stretches), self._chunks
-        ) as coming:
+    def reading(self, order: Order, stretches: Iterable[Stretch]) -> Iterator[Fill]:
+        """Read stretches of an epoch, each in the order of the stores, while chunks to come are fetched."""
+
+        @lru_cache(maxsize=1)
+        def rows_of(start: int, stop: int) -> tuple[Indices, Indices]:
+            return self._sorted(order, np.arange(start, stop))
+
+        def pieces(stretch: Stretch) -> Iterator[_Piece]:
+            source, rows = rows_of(stretch.start, stretch.stop)
+            chosen = stretch.chosen
+            return _pieces(source, rows) if chosen is None else _pieces(source[chosen], rows[chosen])
+
+        with FetchAhead(chain.from_iterable(map(pieces, stretches)), self._chunks) as coming:
 
             def fill(into: Rows) -> Iterator[None]:
                 for piece in coming:
@@ -125,9 +134,9 @@ class StoredRows:
             return False
         return sum(array.n_rows * array.row_bytes for array in arrays) <= _SHARE_OF_MEMORY * room_for_files()
 
-    def announce(self, order: Order, places: Indices) -> None:
-        """Let the operating system begin to read what stands at these places; only a hint."""
-        source, rows = self._sorted(order, places)
+    def announce(self, order: Order, stretch: Stretch) -> None:
+        """Let the operating system begin to read a whole stretch; only a hint."""
+        source, rows = self._sorted(order, np.arange(stretch.start, stretch.stop))
         for number, here in self._of_sources(source):
             for array in self._sources[number].arrays.values():
                 array.announce(rows[here])
@@ -141,13 +150,6 @@ class StoredRows:
             rows[here] = self._sources[number].rows(within[here])
         both = np.sort(source << _ROW_BITS | rows)
         return both >> _ROW_BITS, both & (1 << _ROW_BITS) - 1
-
-    def _pieces(self, order: Order, places: Indices) -> Iterator[_Piece]:
-        """Yield what the rows at these places are read in, some at a time."""
-        source, rows = self._sorted(order, places)
-        for start in range(0, len(rows), _ROWS_AT_ONCE):
-            piece = slice(start, min(start + _ROWS_AT_ONCE, len(rows)))
-            yield _Piece(source[piece], rows[piece], piece, is_last=piece.stop == len(rows))
 
     def _chunks(self, piece: _Piece) -> Iterator[Chunk]:
         """Yield the chunks of object stores that a piece reads, in order."""
@@ -172,6 +174,13 @@ class StoredRows:
         into["row"][:] = torch.from_numpy(rows)
         if "source" in into:
             into["source"][:] = torch.from_numpy(source)
+
+
+def _pieces(source: Indices, rows: Indices) -> Iterator[_Piece]:
+    """Yield what these rows are read in, some at a time."""
+    for start in range(0, len(rows), _ROWS_AT_ONCE):
+        here = slice(start, min(start + _ROWS_AT_ONCE, len(rows)))
+        yield _Piece(source[here], rows[here], here, is_last=here.stop == len(rows))
 
 
 def _check_same(name: str, first: StoredArray, other: StoredArray, store: ActivationStore) -> None:

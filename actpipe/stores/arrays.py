@@ -50,6 +50,15 @@ def _unpack_file(path: str, codec: Codec, version: tuple[int, int]) -> npt.NDArr
     return decompress(codec, Path(path))
 
 
+def _read_run(file: FileIO, offset: int, wanted: memoryview) -> None:
+    """Read bytes of a file that follow one another."""
+    file.seek(offset)
+    while wanted and (n_read := file.readinto(wanted)):
+        wanted = wanted[n_read:]
+    if wanted:
+        raise IncompleteStoreError(f"{file.name!s} is cut short; `actpipe verify` says what else is")
+
+
 @dataclass(frozen=True)
 class StoredArray:
     """One array of a store as numpy sees arrays: shape, element type, slices. Small, and can be sent to workers."""
@@ -197,8 +206,9 @@ class StoredArray:
         n_runs = 1 + np.count_nonzero(np.diff(rows) != 1)
         if self._is_bare and (n_runs - 1) * _LONG_RUN < len(rows):
             self.announce(rows)  # all of it is under way before the first is waited for
+            row_bytes, data = self.row_bytes, into.reshape(-1).view(np.uint8).data
             for file, offset, here in self._runs(rows):
-                self._read_run(file, offset, into[here])
+                _read_run(file, offset, data[here.start * row_bytes : here.stop * row_bytes])
             return
         for part, here in self._pieces(rows):
             chosen = rows[here] - part * self.rows_per_part
@@ -211,8 +221,9 @@ class StoredArray:
         """Let the operating system begin to read rows whose numbers ascend; only a hint, for bare files."""
         if not hasattr(os, "posix_fadvise"):
             return
+        row_bytes = self.row_bytes
         for file, offset, here in self._runs(rows):
-            stop = offset + (here.stop - here.start) * self.row_bytes
+            stop = offset + (here.stop - here.start) * row_bytes
             for start in range(offset, stop, _HINT_BYTES):
                 n_bytes = min(_HINT_BYTES, stop - start)
                 os.posix_fadvise(file.fileno(), start, n_bytes, os.POSIX_FADV_WILLNEED)
@@ -225,12 +236,12 @@ class StoredArray:
 
     def _runs(self, rows: npt.NDArray[np.int64]) -> Iterator[tuple[FileIO, int, slice]]:
         """Yield runs of rows that follow one another: the file, the byte where it begins, where it stands in `rows`."""
-        runs = np.flatnonzero(np.diff(rows) != 1) + 1
+        runs, row_bytes = np.flatnonzero(np.diff(rows) != 1) + 1, self.row_bytes
         for part, here in self._pieces(rows):
             inside = runs[slice(*np.searchsorted(runs, [here.start + 1, here.stop]))].tolist()
             with self._open(self.manifest.path, part, self.ndim, FileIO) as file:
                 for start, stop in pairwise([here.start, *inside, here.stop]):
-                    yield file, (int(rows[start]) - part * self.rows_per_part) * self.row_bytes, slice(start, stop)
+                    yield file, (int(rows[start]) - part * self.rows_per_part) * row_bytes, slice(start, stop)
 
     @property
     def is_mapped(self) -> bool:
@@ -251,15 +262,6 @@ class StoredArray:
     def _is_bare(self) -> bool:
         """Whether chunk files hold the array's own bytes and nothing else."""
         return self.codec == "none" and self.manifest.quantisation is None
-
-    def _read_run(self, file: FileIO, offset: int, into: npt.NDArray[Any]) -> None:
-        """Read rows of a part that follow one another."""
-        file.seek(offset)
-        wanted = into.reshape(-1).view(np.uint8).data
-        while wanted and (n_read := file.readinto(wanted)):
-            wanted = wanted[n_read:]
-        if wanted:
-            raise IncompleteStoreError(f"{file.name!s} is cut short; `actpipe verify` says what else is")
 
     def __getitem__(self, key: Any) -> npt.NDArray[Any]:
         """Index as numpy does: slices and row numbers on the first axis, anything numpy takes on the others."""

@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from feeding import POST, PRE, write_store
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -186,6 +187,14 @@ class TestEpochs:
         assert [batch["row"].tolist() for batch in taken] == [batch["row"].tolist() for batch in batches]
 
 
+@pytest.fixture(scope="module")
+def packed_and_bare(tmp_path_factory):
+    """The same rows twice: read where they stand, and through a buffer."""
+    stores = [write_store(tmp_path_factory.mktemp("feed"), 210, 32, codec=codec) for codec in ("none", "zstd")]
+    assert [store.array(PRE).is_mapped for store in stores] == [True, False]
+    return stores
+
+
 class TestMixing:
     def test_blocks_are_mixed_over_the_whole_buffer(self, tmp_path):
         store = write_store(tmp_path, 4096, 512)
@@ -193,6 +202,28 @@ class TestMixing:
         batches = [batch["row"].numpy() for batch in loader]
 
         assert all(len(np.unique(rows // 8)) > 40 for rows in batches)  # of 64 rows: from most of the 129 blocks there
+
+    def test_rows_of_a_batch_of_blocks_stand_as_in_the_store(self, tmp_path):
+        store = write_store(tmp_path, 300, 64)
+
+        for batch in ActivationLoader(store, PRE, 32, "blocks", block_rows=4, buffer_rows=100):
+            assert batch["row"].tolist() == sorted(batch["row"].tolist())
+
+    @settings(QUICK, max_examples=20)
+    @given(data=st.data())
+    def test_unpacked_rows_come_in_the_same_batches_as_mapped_ones(self, packed_and_bare, data):
+        options = {"block_rows": data.draw(st.integers(1, 70)), "buffer_rows": data.draw(st.integers(1, 120))}
+        batch_size, stop = data.draw(st.integers(10, 60)), data.draw(st.integers(0, 12))
+        epochs = []
+        for store in packed_and_bare:
+            loader = ActivationLoader(store, [PRE, POST], batch_size, "blocks", read_ahead=0, **options)
+            loader.load_state_dict(loader.state_dict(batch=min(stop, len(loader))))
+            epochs.append(list(loader) + list(loader))
+
+        assert len(epochs[0]) == len(epochs[1])
+        for mapped, unpacked in zip(*epochs, strict=True):
+            assert mapped.keys() == unpacked.keys()
+            assert all(torch.equal(mapped[name], unpacked[name]) for name in mapped)
 
     def test_epochs_and_seeds_have_other_orders(self, tmp_path):
         store = write_store(tmp_path, 300, 64)
