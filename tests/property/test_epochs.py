@@ -19,14 +19,17 @@ from actpipe.feed.permutation import Permutation
 from actpipe.feed.selection import select_rows
 
 SHUFFLES = st.sampled_from(["rows", "blocks", None])
-QUICK = settings(deadline=None, max_examples=60)
+PATIENT = settings(deadline=None)
+QUICK = settings(PATIENT, max_examples=60)
 
 
 class TestPermutation:
+    @PATIENT
     @given(n=st.integers(0, 5000), key=st.integers(0, 2**40))
     def test_it_gives_every_index_once(self, n, key):
         assert sorted(Permutation(n, key)(np.arange(n))) == list(range(n))
 
+    @PATIENT
     @given(n=st.integers(1, 2**40), key=st.integers(0, 9), data=st.data())
     def test_an_index_goes_to_one_place_whatever_stands_beside_it(self, n, key, data):
         indices = np.array(data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=20)))
@@ -54,6 +57,7 @@ class TestPermutation:
 
 
 class TestDeal:
+    @PATIENT
     @given(
         n_rows=st.integers(0, 3000),
         batch_size=st.integers(1, 100),
@@ -85,6 +89,7 @@ class TestDeal:
 
 
 class TestRowSet:
+    @PATIENT
     @given(wanted=st.lists(st.booleans(), max_size=200), cut=st.integers(1, 50))
     def test_it_holds_what_the_filters_want(self, wanted, cut):
         mask = np.array(wanted, np.bool_)
@@ -93,6 +98,7 @@ class TestRowSet:
 
         assert rows(np.arange(len(rows))).tolist() == np.flatnonzero(mask).tolist()
 
+    @PATIENT
     @given(mask=st.lists(st.booleans(), min_size=1, max_size=40), cut=st.integers(1, 9))
     def test_other_rows_have_another_checksum(self, mask, cut):
         def checksum(wanted, cut):
@@ -105,6 +111,7 @@ class TestRowSet:
 
 
 class TestMixture:
+    @PATIENT
     @given(sizes=st.lists(st.integers(1, 60), min_size=1, max_size=4), epoch=st.integers(0, 9), seed=st.integers(0, 9))
     def test_without_weights_every_row_comes_once(self, sizes, epoch, seed):
         mixture = Mixture(sizes, None, seed)
@@ -113,6 +120,7 @@ class TestMixture:
         pairs = sorted(zip(source.tolist(), within.tolist(), strict=True))
         assert pairs == [(number, row) for number, size in enumerate(sizes) for row in range(size)]
 
+    @PATIENT
     @given(sizes=st.lists(st.integers(20, 90), min_size=2, max_size=3), data=st.data(), seed=st.integers(0, 9))
     def test_shares_are_the_weights_and_epochs_go_on_where_they_stopped(self, sizes, data, seed):
         weights = data.draw(st.lists(st.integers(1, 4), min_size=len(sizes), max_size=len(sizes)))
