@@ -174,12 +174,21 @@ def blocks(folder: Path, n_rows: int, rounds: int, share: float = 0.6) -> None:
         else "memory not bounded: this system allows no control group"
     )
     title = f"an epoch from the disk, {n_rows:,} rows of {WIDE} float16, {n_bytes / 1e9:.2f} GB, {bound}"
+    used: dict[str, list[float]] = {"feed": [], "sequential": []}
+
+    def side(request: str) -> float:
+        answer = worker.ask(request)
+        used[request].append(answer["processor_seconds"] / (n_bytes / 1e9))
+        return answer["rows_per_second"]
+
     try:
         sides = {
-            "feed, shuffle='blocks'": lambda: worker("feed"),
-            "sequential read of the files": lambda: worker("sequential"),
+            "feed, shuffle='blocks'": lambda: side("feed"),
+            "sequential read of the files": lambda: side("sequential"),
         }
         compare(title, sides, rounds, 2 * WIDE)
+        for request, values in used.items():
+            print(f"processor seconds per GB, all threads, {request}: {statistics.median(values[1:]):.2f}")
     finally:
         worker.close()
 
@@ -241,9 +250,13 @@ class Worker:
 
     def __call__(self, request: str = "") -> float:
         """Measure an epoch and return rows per second."""
+        return self.ask(request)["rows_per_second"]
+
+    def ask(self, request: str) -> dict[str, float]:
+        """Measure an epoch and return everything that was measured."""
         assert self.process.stdin is not None
         print(request, file=self.process.stdin, flush=True)
-        return self._answer()["rows_per_second"]
+        return self._answer()
 
     def _answer(self) -> dict[str, float]:
         assert self.process.stdout is not None

@@ -41,7 +41,7 @@ class ActivationLoader(Feed):
         run: A run folder or an opened store, or several, whose rows are mixed.
         hooks: Names or patterns of activations, and names of other arrays (`tokens/input_ids`, `metrics/loss`).
         batch_size: Rows of a batch; only the last one of an epoch is shorter.
-        shuffle: `rows`: a random permutation of all rows; within a batch they stand as in the store.
+        shuffle: Within a batch, rows stand as in the store. `rows`: a random permutation of all rows.
             `blocks`: runs of `block_rows` rows, in random order, fill a buffer of `buffer_rows`, all of whose
             rows are mixed; reads in long stretches, for what does not fit into memory. None: as in the store.
         seed: Chooses the order of every epoch.
@@ -64,7 +64,8 @@ class ActivationLoader(Feed):
         rank: Which of `world_size` processes this is; by default as torch.distributed says, if it is initialized.
         world_size: How many processes share each epoch.
         block_rows: Rows of a block; by default 128, or a whole part where the store is compressed.
-        buffer_rows: Rows that are mixed with one another, for `blocks`; there are two buffers of this size.
+        buffer_rows: Rows that are mixed with one another, for `blocks`; there are two buffers of this size, or none
+            where memory holds all files that are read.
         read_ahead: Batches that wait ready; 0 reads each when it is asked for.
         corpus: Which corpus of each run.
         partial: Take what is committed where parts are missing.
