@@ -13,11 +13,12 @@ from torch.utils.data import get_worker_info
 from actpipe.describing import open_run
 from actpipe.errors import UnknownHookError
 from actpipe.feed.documents import Split, class_names, join_labels
-from actpipe.feed.feeding import Delivery, Feed, FeedSettings, Rows, this_rank
+from actpipe.feed.feeding import Feed, Rows
 from actpipe.feed.live import LiveArray, LiveRows, TokenRows
 from actpipe.feed.loader import BUFFER_ROWS, STATISTICS_ROWS
 from actpipe.feed.normalizing import Normalize, Statistics
 from actpipe.feed.selection import Selection, select_rows
+from actpipe.feed.settings import Delivery, FeedSettings, this_rank
 from actpipe.hooks import HookName
 from actpipe.models.hooked_model import HookedModel
 from actpipe.records import Batch, Sequence

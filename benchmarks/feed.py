@@ -4,19 +4,21 @@
     python benchmarks/feed.py batches       shuffled batches beside fancy indexing and zarr
     python benchmarks/feed.py blocks        an epoch in blocks beside a sequential read, from the disk
     python benchmarks/feed.py others        epochs beside SAELens, dictionary_learning and safetensors
+    python benchmarks/feed.py remote        an epoch from an object store, with and without fetching ahead
 
 Everything is measured in turn within one round, the order turning with the rounds; medians with quartiles, and
-medians of the ratios within a round. `blocks`: before each measurement the files are written back and dropped
-from the page cache (posix_fadvise DONTNEED), so that every byte comes from the disk once, as it does for data
-larger than memory. `others`: one layer of one model over the same tokens, float32. SAELens reads back
-activations in its own format, its default mixing; dictionary_learning has none and runs the model; both live in
-environments of their own below `benchmarks/.envs` and are measured by a worker that waits while the others run.
+medians of the ratios within a round. `blocks`: both sides run in a process whose memory, the file pages that it reads
+included, a control group bounds to 0.6 of the data where the system allows that (the title says so), and begin with
+files that are not in the page cache (posix_fadvise DONTNEED). `others`: one layer of one model over the same tokens,
+float32. SAELens reads back activations in its own format, its default mixing; dictionary_learning has none and runs
+the model; both live in environments of their own below `benchmarks/.envs` and are measured by a worker that waits
+while the others run. `remote`: moto's S3 server on loopback, in a process of its own, begins each answer 100 ms late;
+no chunk is on this machine when an epoch begins.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import statistics
@@ -26,26 +28,29 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
 from actpipe.schemas.manifest import ArrayManifest, ModelIdentity, StoreManifest
+from feed_remote import forget_chunks, nothing_ahead, object_store
 from subjects import CONTEXT, D_MODEL, ROOT, SCRATCH, make_model
 
 from actpipe import ActivationLoader, HookedModel
 from actpipe.extraction.layout import record_shape
 from actpipe.hooks import BlockShape, ModelShape
 from actpipe.planning import plan_parts
-from actpipe.stores import arrays
 from actpipe.stores.layout import RunFolder
 from actpipe.stores.reading import ActivationStore
+from actpipe.stores.remote import local_folder
 from actpipe.stores.writing import PartWriter, create_store
 
 HOOK = "blocks.2.hook_resid_post"
 BATCH = 4096
 WIDE = 768
+BOUNDED = ROOT / "benchmarks/feed_bounded.py"
 WORKER = ROOT / "benchmarks/feed_worker.py"
 REQUIREMENTS = {"sae_lens": "sae-lens==6.54.12", "dictionary_learning": "dictionary_learning==0.1.0"}
 Side = Callable[[], float]
@@ -69,7 +74,7 @@ def make_store(folder: Path, blocks: Iterator[np.ndarray], n_rows: int, rows_per
         shape=record_shape(shape),
         arrays=(ArrayManifest(path=path, dtype=first.dtype.name, row_shape=first.shape[1:], axes=("row", "d_model")),),
     )
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     create_store(RunFolder(folder), manifest)
     for part in plan_parts(n_rows, rows_per_part):
         rows = first if part.index == 0 else next(blocks)
@@ -157,43 +162,64 @@ def batches(folder: Path, n_rows: int, rounds: int) -> None:
     compare(f"batches of {BATCH:,} random rows, {n_rows:,} rows of {WIDE} float16", sides, rounds, 2 * WIDE)
 
 
-def drop_cache(store: ActivationStore) -> list[Path]:
-    """Write a store's chunk files back and drop them from the page cache; return them."""
-    arrays._map_file.cache_clear()  # pages that are mapped stay
-    gc.collect()
-    files = [store.folder.store / f"activations/{HOOK}/c/{part}/0" for part in range(store.n_parts)]
-    for path in files:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(descriptor)
-    return files
-
-
-def read_through(files: list[Path]) -> None:
-    """Read files from beginning to end, 8 MiB at a time."""
-    buffer = bytearray(2**23)
-    for path in files:
-        with path.open("rb", buffering=0) as file:
-            while file.readinto(buffer):
-                pass
-
-
-def blocks(folder: Path, n_rows: int, rounds: int) -> None:
-    """A whole epoch in blocks, from the disk."""
+def blocks(folder: Path, n_rows: int, rounds: int, share: float = 0.6) -> None:
+    """A whole epoch in blocks, in less memory than the data takes."""
     store = make_store(folder / "run", random_parts(n_rows, 65_536), n_rows, 65_536)
-    loader = ActivationLoader(store, HOOK, BATCH, "blocks")
+    n_bytes = 2 * WIDE * n_rows
+    max_bytes = int(share * n_bytes)
+    worker = Worker(sys.executable, BOUNDED, store.folder.root, HOOK, str(BATCH), str(max_bytes))
+    bound = (
+        f"in a process that with its file pages may take {max_bytes / 1e9:.2f} GB (memory control group)"
+        if worker.ready["bounded"]
+        else "memory not bounded: this system allows no control group"
+    )
+    title = f"an epoch from the disk, {n_rows:,} rows of {WIDE} float16, {n_bytes / 1e9:.2f} GB, {bound}"
+    used: dict[str, list[float]] = {"feed": [], "sequential": []}
 
-    def feed() -> float:
-        drop_cache(store)
-        return n_rows / seconds(lambda: [None for _ in loader])
+    def side(request: str) -> float:
+        answer = worker.ask(request)
+        used[request].append(answer["processor_seconds"] / (n_bytes / 1e9))
+        return answer["rows_per_second"]
 
-    def sequential() -> float:
-        files = drop_cache(store)
-        return n_rows / seconds(lambda: read_through(files))
+    try:
+        sides = {
+            "feed, shuffle='blocks'": lambda: side("feed"),
+            "sequential read of the files": lambda: side("sequential"),
+        }
+        compare(title, sides, rounds, 2 * WIDE)
+        for request, values in used.items():
+            print(f"processor seconds per GB, all threads, {request}: {statistics.median(values[1:]):.2f}")
+    finally:
+        worker.close()
 
-    title = f"an epoch from the disk, {n_rows:,} rows of {WIDE} float16, {2 * WIDE * n_rows / 1e9:.1f} GB"
-    compare(title, {"feed, shuffle='blocks'": feed, "sequential read of the files": sequential}, rounds, 2 * WIDE)
+
+def remote(folder: Path, rounds: int, n_parts: int = 32, rows_per_part: int = 4096) -> None:
+    """A whole epoch of a run of which no chunk is on this machine."""
+    n_rows = n_parts * rows_per_part
+    with object_store(folder / "cache", 0.1) as url:
+        store = make_store(local_folder(url), random_parts(n_rows, rows_per_part), n_rows, rows_per_part)
+        orders = {
+            "shuffle='blocks', a part each": (
+                "blocks",
+                {"block_rows": rows_per_part, "buffer_rows": 4 * rows_per_part},
+            ),
+            "shuffle='rows'": ("rows", {}),
+        }
+
+        def epoch(shuffle: str, options: dict[str, int], ahead: AbstractContextManager[None]) -> float:
+            forget_chunks(store.folder.store)
+            with ahead:
+                return n_rows / seconds(
+                    lambda: [None for _ in ActivationLoader(store, HOOK, BATCH, shuffle, **options)]
+                )
+
+        for title, order in orders.items():
+            sides = {
+                "fetching ahead": lambda order=order: epoch(*order, nullcontext()),
+                "each chunk when it is needed": lambda order=order: epoch(*order, nothing_ahead()),
+            }
+            size = f"{n_parts} chunks of {2e-6 * WIDE * rows_per_part:.1f} MB"
+            compare(f"an epoch from S3 that answers 0.1 s late, {title}, {size}", sides, rounds, 2 * WIDE)
 
 
 def ready_environment(name: str) -> Path:
@@ -213,21 +239,24 @@ def ready_environment(name: str) -> Path:
 
 
 class Worker:
-    """One of the others in a process of its own, which waits for requests."""
+    """Measures in a process of its own, which waits for requests."""
 
-    def __init__(self, name: str, folder: Path) -> None:
+    def __init__(self, *arguments: str | Path) -> None:
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-        arguments = [ready_environment(name), WORKER, name, folder, HOOK, str(BATCH)]
         self.process = subprocess.Popen(
             arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
         self.ready = self._answer()
 
-    def __call__(self) -> float:
+    def __call__(self, request: str = "") -> float:
         """Measure an epoch and return rows per second."""
+        return self.ask(request)["rows_per_second"]
+
+    def ask(self, request: str) -> dict[str, float]:
+        """Measure an epoch and return everything that was measured."""
         assert self.process.stdin is not None
-        print(file=self.process.stdin, flush=True)
-        return self._answer()["rows_per_second"]
+        print(request, file=self.process.stdin, flush=True)
+        return self._answer()
 
     def _answer(self) -> dict[str, float]:
         assert self.process.stdout is not None
@@ -279,7 +308,7 @@ def others(folder: Path, n_sequences: int, rounds: int) -> None:
     parts = (rows[part.row_start : part.row_stop] for part in plan_parts(n_rows, 16_384))
     store = make_store(folder / "run", parts, n_rows, 16_384)
     shards = Shards(folder / "shards", rows, 16_384)
-    workers = {name: Worker(name, folder) for name in REQUIREMENTS}
+    workers = {name: Worker(ready_environment(name), WORKER, name, folder, HOOK, str(BATCH)) for name in REQUIREMENTS}
 
     def through(loader: torch.utils.data.DataLoader) -> Side:
         return lambda: n_rows / seconds(lambda: [None for _ in loader])
@@ -306,7 +335,7 @@ def others(folder: Path, n_sequences: int, rounds: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("which", nargs="?", choices=["batches", "blocks", "others"])
+    parser.add_argument("which", nargs="?", choices=["batches", "blocks", "others", "remote"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rows", type=int, default=800_000, help="rows of `batches`; twice as many in `blocks`")
     parser.add_argument("--sequences", type=int, default=512, help="sequences of `others`")
@@ -317,6 +346,7 @@ def main() -> None:
         "batches": lambda folder: batches(folder, arguments.rows, arguments.rounds),
         "blocks": lambda folder: blocks(folder, 2 * arguments.rows, arguments.rounds),
         "others": lambda folder: others(folder, arguments.sequences, arguments.rounds),
+        "remote": lambda folder: remote(folder, arguments.rounds),
     }
     for name in [arguments.which] if arguments.which else choices:
         with tempfile.TemporaryDirectory(dir=SCRATCH) as folder:

@@ -20,12 +20,14 @@ PRE, POST = "blocks.0.hook_resid_pre", "blocks.0.hook_resid_post"
 
 
 def write_store(
-    folder: Path, n_rows: int, rows_per_part: int, *, dtype: str = "float32", first: int = 0
+    folder: Path, n_rows: int, rows_per_part: int, *, dtype: str = "float32", first: int = 0, codec: str = "none"
 ) -> ActivationStore:
     """Write a store whose row `i` holds `first + i` in PRE, minus that in POST, and token `i % 7`."""
     run = RunFolder(folder)
     arrays = {f"activations/{PRE}": 4, f"activations/{POST}": 4}
     manifest = StoreManifest(
+        schema_version=1 if codec == "none" else 2,
+        codec=codec,
         corpus="main",
         n_rows=n_rows,
         rows_per_part=rows_per_part,

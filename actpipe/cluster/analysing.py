@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,11 +36,17 @@ class OnWorkers:
         self._client = client
         self._retries = retries
 
-    def counted(self, function: Callable[[Any], Any], done: Callable[[int], None]) -> Callable[[Any], Any]:
-        """Return the function, telling `done` after each call, wherever it is made."""
+    @contextmanager
+    def counted(
+        self, function: Callable[[Any], Any], blocks: list[Any], done: Callable[[int], None]
+    ) -> Iterator[Callable[[Any], Any]]:
+        """Give the function for use on these blocks within, telling `done` after each call, wherever it is made."""
+        del blocks
         topic = f"blocks-{uuid.uuid4().hex[:12]}"
-        self._client().subscribe_topic(topic, lambda event: done(event[1]))
-        return _Counted(function, topic)
+        client = self._client()
+        client.subscribe_topic(topic, lambda event: done(event[1]))
+        yield _Counted(function, topic)
+        client.unsubscribe_topic(topic)
 
     def compute(self, graph: Any) -> Any:
         """Return what a graph of delayed calls gives."""

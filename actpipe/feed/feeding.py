@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import AbstractContextManager, closing
+from dataclasses import asdict
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,13 +16,16 @@ from torch.utils.data import IterableDataset, get_worker_info
 from actpipe.compute.casting import cast_rows
 from actpipe.errors import DtypeOverflowError, StoreMismatchError
 from actpipe.feed.ahead import ReadAhead
-from actpipe.feed.normalizing import NORMALIZATIONS, Normalize, Normalizer, Statistics, estimate_statistics
-from actpipe.feed.order import Deal, Group, Order, Shuffle
-from actpipe.feed.permutation import Indices, Permutation
+from actpipe.feed.normalizing import Normalizer, Statistics, estimate_statistics
+from actpipe.feed.order import Deal, Group, Order, Stretch
+from actpipe.feed.permutation import Permutation
+from actpipe.feed.settings import Delivery, FeedSettings
 from actpipe.stores.dtypes import numpy_dtype
 
 Rows = dict[str, torch.Tensor]
 """Tensors by name; row `i` of each is the same token."""
+Fill = Callable[[Rows], Iterator[None]]
+"""Reads the rows of the next stretch; may be left at each yield."""
 _STATE_VERSION = 1
 _MIX = 3
 _SAMPLE_EPOCH = 2**31
@@ -45,72 +49,18 @@ class RowReader(Protocol):
     def identity(self) -> dict[str, Any]:
         """What must be equal for the same place of an epoch to hold the same row; JSON values."""
 
+    @property
+    def at_random(self) -> bool:
+        """Whether rows may be read where they stand, far apart and in many turns: nothing is unpacked or read again."""
+
+    def announce(self, order: Order, stretch: Stretch) -> None:
+        """Let the operating system begin to read a stretch of an epoch; only a hint."""
+
     def allocate(self, n_rows: int, *, pinned: bool) -> Rows:
         """Return tensors for as many rows."""
 
-    def fill(self, order: Order, places: Indices, into: Rows) -> Iterator[None]:
-        """Read the rows at some places of an epoch, in any order that does not change; may be left at each yield."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class FeedSettings:
-    """How rows become batches; see `ActivationLoader`."""
-
-    batch_size: int
-    shuffle: Shuffle
-    seed: int
-    drop_last: bool
-    block_rows: int
-    buffer_rows: int
-    rank: int
-    world_size: int
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "block_rows", "buffer_rows", "world_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.shuffle not in ("rows", "blocks", None):
-            raise ValueError(f"shuffle must be 'rows', 'blocks' or None, got {self.shuffle!r}")
-        if self.seed < 0:
-            raise ValueError(f"seed must not be negative, got {self.seed}")
-        if not 0 <= self.rank < self.world_size:
-            raise ValueError(f"rank {self.rank} is not one of {self.world_size}; ranks count from 0")
-
-    def order(self, n_rows: int, epoch: int) -> Order:
-        """Return the order of one epoch."""
-        return Order(self.shuffle, n_rows, min(self.block_rows, n_rows), self.seed, epoch)
-
-    def deal(self, n_rows: int, n_workers: int) -> Deal:
-        """Return how the batches of an epoch are dealt out."""
-        group_batches = max(1, self.buffer_rows // self.batch_size) if self.shuffle == "blocks" else 1
-        return Deal(n_rows, self.batch_size, group_batches, self.world_size, n_workers, self.drop_last)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Delivery:
-    """What happens to a batch on its way out; see `ActivationLoader`."""
-
-    device: torch.device
-    dtype: torch.dtype | None
-    read_ahead: int
-    normalize: Normalize
-
-    @classmethod
-    def of(
-        cls, device: torch.device | str, dtype: torch.dtype | str | None, *, read_ahead: int, normalize: Normalize
-    ) -> Delivery:
-        """Return a delivery; devices and element types may be given by name."""
-        if isinstance(dtype, str):
-            dtype = getattr(torch, dtype, None) or dtype
-        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise ValueError(f"dtype must be a floating type of torch, got {dtype!r}")
-        if normalize not in (*NORMALIZATIONS, None):
-            raise ValueError(f"normalize must be one of {', '.join(NORMALIZATIONS)} or None, got {normalize!r}")
-        if read_ahead < 0:
-            raise ValueError(f"read_ahead must not be negative, got {read_ahead}")
-        if dtype is None and normalize is not None:
-            dtype = torch.float32
-        return cls(device=torch.device(device), dtype=dtype, read_ahead=read_ahead, normalize=normalize)
+    def reading(self, order: Order, stretches: Iterable[Stretch]) -> AbstractContextManager[Fill]:
+        """Read stretches of an epoch, those that come later ahead of time where that helps."""
 
 
 class Feed(IterableDataset[Rows]):
@@ -185,12 +135,15 @@ class Feed(IterableDataset[Rows]):
         worker, n_workers = _this_worker()
         self._check_place(n_workers)
         self._batch, self._resume_at, self._resume_workers = self._resume_at, 0, None
-        batches = self._batches(self._batch, worker, n_workers)
         in_thread = self._delivery.device.type == "cpu"
-        if in_thread:
-            batches = map(self._deliver, batches)
         started, before = time.perf_counter(), (self._wait_seconds, self._feed_seconds)
-        with ReadAhead(batches, self._delivery.read_ahead if n_workers == 1 else 0) as items:
+        with (
+            closing(self._batches(self._batch, worker, n_workers)) as batches,
+            ReadAhead(
+                map(self._deliver, batches) if in_thread else batches,
+                self._delivery.read_ahead if n_workers == 1 else 0,
+            ) as items,
+        ):
             for rows in items:
                 self._batch += 1
                 self._wait_seconds = before[0] + items.wait_seconds
@@ -256,28 +209,51 @@ class Feed(IterableDataset[Rows]):
                 "shuffle='blocks' deals blocks out to workers; use as many as then"
             )
 
-    def _batches(self, taken: int, worker: int, n_workers: int) -> Iterator[Rows]:
+    def _batches(self, taken: int, worker: int, n_workers: int) -> Generator[Rows]:
         """Yield one worker's batches after the first `taken` of its rank, which all workers took in turn."""
         worker = (worker + taken) % n_workers  # whose turn it is comes first
         skip = (taken + n_workers - 1 - worker) // n_workers
         order = self._settings.order(self._reader.n_rows, self._epoch)
-        groups = _after(self._deal(n_workers).groups(self._settings.rank, worker), skip)
-        if self._settings.shuffle == "blocks":
-            yield from self._mixed(order, groups)
+        groups, coming = (_after(self._deal(n_workers).groups(self._settings.rank, worker), skip) for _ in range(2))
+        if self._settings.shuffle == "blocks" and not self._reader.at_random:
+            with self._reader.reading(order, (Stretch(group.start, group.stop) for group, _ in coming)) as fill:
+                yield from self._buffered(order, groups, fill)
             return
-        for group, _ in groups:
-            yield self._read(order, np.arange(group.start, group.stop), self._allocate(group.n_rows))
+        depth = 1 if self._settings.shuffle == "blocks" else 0
+        with (
+            ReadAhead(self._announced(order, groups), depth) as announced,
+            self._reader.reading(order, self._stretches(order, coming)) as fill,
+        ):
+            for stretch in self._stretches(order, announced):
+                yield _filled(self._allocate(stretch.n_rows), fill)
 
-    def _mixed(self, order: Order, groups: Iterator[tuple[Group, int]]) -> Iterator[Rows]:
-        """Yield batches of rows drawn from a whole group; while one group goes out, a thread reads the next."""
+    def _stretches(self, order: Order, groups: Iterator[tuple[Group, int]]) -> Iterator[Stretch]:
+        """Yield what each batch holds: the rows of a group, or some that are drawn from those of a group of blocks."""
         size = self._settings.batch_size
-        spare = [self._buffer() for _ in range(2)]
+        for group, first in groups:
+            if order.shuffle != "blocks":
+                yield Stretch(group.start, group.stop)
+                continue
+            mixed = Permutation(group.n_rows, order.seed, order.epoch, _MIX, group.first_batch)
+            for number in range(first, group.n_batches):
+                drawn = mixed(np.arange(number * size, min((number + 1) * size, group.n_rows)))
+                yield Stretch(group.start, group.stop, np.sort(drawn))
+
+    def _announced(self, order: Order, groups: Iterator[tuple[Group, int]]) -> Iterator[tuple[Group, int]]:
+        """Yield groups; those of blocks after the system has been asked to read them."""
+        for group, first in groups:
+            if order.shuffle == "blocks":
+                self._reader.announce(order, Stretch(group.start, group.stop))
+            yield group, first
+
+    def _buffered(self, order: Order, groups: Iterator[tuple[Group, int]], fill: Fill) -> Iterator[Rows]:
+        """Yield batches of rows drawn from a whole group; while one group goes out, a thread reads the next."""
+        spare: list[Rows] = []
 
         def read() -> Iterator[tuple[Group, int, Rows]]:
             for group, first in groups:
-                rows = spare.pop()
-                into = {name: tensor[: group.n_rows] for name, tensor in rows.items()}
-                for _ in self._reader.fill(order, np.arange(group.start, group.stop), into):
+                rows = spare.pop() if spare else self._buffer()
+                for _ in fill({name: tensor[: group.n_rows] for name, tensor in rows.items()}):
                     if coming.closed:
                         return
                 yield group, first, rows
@@ -285,11 +261,9 @@ class Feed(IterableDataset[Rows]):
         coming = ReadAhead(read(), 1)
         with coming:
             for group, first, rows in coming:
-                mixed = Permutation(group.n_rows, order.seed, order.epoch, _MIX, group.first_batch)
-                for number in range(first, group.n_batches):
-                    places = np.arange(number * size, min((number + 1) * size, group.n_rows))
-                    batch = self._allocate(len(places))
-                    _pick(rows, mixed(places), batch)
+                for stretch in self._stretches(order, iter([(group, first)])):
+                    batch = self._allocate(stretch.n_rows)
+                    _pick(rows, stretch, batch)
                     yield batch
                 spare.append(rows)
 
@@ -297,11 +271,6 @@ class Feed(IterableDataset[Rows]):
         """Return tensors for the rows of the largest group."""
         most = self._deal(n_workers=1).group_batches * self._settings.batch_size
         return self._reader.allocate(min(most, self._reader.n_rows), pinned=False)
-
-    def _read(self, order: Order, places: Indices, into: Rows) -> Rows:
-        for _ in self._reader.fill(order, places, into):
-            pass
-        return into
 
     def _allocate(self, n_rows: int) -> Rows:
         return self._reader.allocate(n_rows, pinned=self._delivery.device.type == "cuda")
@@ -321,13 +290,13 @@ class Feed(IterableDataset[Rows]):
         total = self._reader.n_rows
         order = Order("blocks", total, min(_SAMPLE_BLOCK_ROWS, total), self._settings.seed, _SAMPLE_EPOCH)
 
-        def pieces() -> Iterator[Rows]:
-            for start in range(0, min(n_rows, total), _SAMPLE_AT_ONCE):
-                places = np.arange(start, min(start + _SAMPLE_AT_ONCE, n_rows, total))
-                rows = self._read(order, places, self._reader.allocate(len(places), pinned=False))
-                yield {name: rows[name] for name in self._reader.activation_names}
-
-        return estimate_statistics(self._delivery.normalize, pieces())
+        stop = min(n_rows, total)
+        starts = range(0, stop, _SAMPLE_AT_ONCE)
+        stretches = [Stretch(start, min(start + _SAMPLE_AT_ONCE, stop)) for start in starts]
+        with self._reader.reading(order, stretches) as fill:
+            sample = (_filled(self._reader.allocate(each.n_rows, pinned=False), fill) for each in stretches)
+            pieces = ({name: rows[name] for name in self._reader.activation_names} for rows in sample)
+            return estimate_statistics(self._delivery.normalize, pieces)
 
 
 def as_numpy(tensor: torch.Tensor) -> npt.NDArray[Any]:
@@ -338,9 +307,16 @@ def as_numpy(tensor: torch.Tensor) -> npt.NDArray[Any]:
     return array
 
 
-def _pick(rows: Rows, chosen: Indices, into: Rows) -> None:
+def _filled(rows: Rows, fill: Fill) -> Rows:
+    for _ in fill(rows):
+        pass
+    return rows
+
+
+def _pick(rows: Rows, stretch: Stretch, into: Rows) -> None:
+    assert stretch.chosen is not None, "batches of blocks are drawn from a group"
     for name, tensor in rows.items():
-        np.take(as_numpy(tensor), chosen, axis=0, out=as_numpy(into[name]), mode="clip")
+        np.take(as_numpy(tensor), stretch.chosen, axis=0, out=as_numpy(into[name]), mode="clip")
 
 
 def _after(groups: Iterator[Group], n_batches: int) -> Iterator[tuple[Group, int]]:
@@ -355,18 +331,6 @@ def _this_worker() -> tuple[int, int]:
     """Return the number of this DataLoader worker, and how many there are; outside of one, the only one."""
     info = get_worker_info()
     return (0, 1) if info is None else (info.id, info.num_workers)
-
-
-def this_rank(rank: int | None, world_size: int | None) -> tuple[int, int]:
-    """Return rank and number of ranks: as given, as torch.distributed says, or the only one."""
-    if (rank is None) != (world_size is None):
-        raise ValueError(f"give both rank and world_size or neither, got {rank} and {world_size}")
-    if rank is not None and world_size is not None:
-        return rank, world_size
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_rank(), distributed.get_world_size()
-    return 0, 1
 
 
 def _check_statistics(statistics: Statistics, names: tuple[str, ...]) -> None:

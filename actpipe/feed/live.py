@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -11,8 +12,8 @@ import numpy as np
 import torch
 
 from actpipe.feed.documents import Labels
-from actpipe.feed.feeding import Rows
-from actpipe.feed.order import Order
+from actpipe.feed.feeding import Fill, Rows
+from actpipe.feed.order import Order, Stretch
 from actpipe.feed.permutation import Indices, Permutation
 from actpipe.feed.selection import RowSet
 from actpipe.records import Sequence
@@ -114,6 +115,14 @@ class LiveRows:
         """Names of the activations that are not integers."""
         return tuple(name for name, array in self._arrays.items() if array.dtype.is_floating_point)
 
+    @property
+    def at_random(self) -> bool:
+        """False: a sequence is run as a whole."""
+        return False
+
+    def announce(self, order: Order, stretch: Stretch) -> None:
+        """Nothing is read."""
+
     def allocate(self, n_rows: int, *, pinned: bool) -> Rows:
         """Return tensors for as many rows."""
         shapes = {name: (array.row_shape, array.dtype) for name, array in self._arrays.items()}
@@ -123,9 +132,14 @@ class LiveRows:
             for name, (shape, dtype) in shapes.items()
         }
 
-    def fill(self, order: Order, places: Indices, into: Rows) -> Iterator[None]:
-        """Compute the rows at consecutive places of an epoch with a yield after each forward pass."""
-        wanted = dict(self._stretch(order, int(places[0]), len(places)))
+    @contextmanager
+    def reading(self, order: Order, stretches: Iterable[Stretch]) -> Iterator[Fill]:
+        """Compute stretches of an epoch, with a yield after each forward pass."""
+        coming = iter(stretches)
+        yield lambda into: self._compute(order, next(coming), into)
+
+    def _compute(self, order: Order, stretch: Stretch, into: Rows) -> Iterator[None]:
+        wanted = dict(self._stretch(order, stretch.start, stretch.n_rows))
         for batch in self._run([self._tokens.sequence(number) for number in wanted]):
             for sequence, activations in batch:
                 self._put(sequence, activations, wanted[sequence.sequence], into)

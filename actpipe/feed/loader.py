@@ -10,11 +10,12 @@ import torch
 from actpipe.describing import open_run
 from actpipe.errors import IncompleteStoreError, UnknownHookError
 from actpipe.feed.documents import Split, class_names, join_labels
-from actpipe.feed.feeding import Delivery, Feed, FeedSettings, this_rank
+from actpipe.feed.feeding import Feed
 from actpipe.feed.mixing import Mixture
 from actpipe.feed.normalizing import Normalize, Statistics
 from actpipe.feed.order import Shuffle
 from actpipe.feed.selection import RowSet, Selection, select_rows
+from actpipe.feed.settings import Delivery, FeedSettings, this_rank
 from actpipe.feed.stored import Source, StoredRows
 from actpipe.hooks import HookName, build_catalogue, select_hooks
 from actpipe.planning import plan_parts
@@ -40,7 +41,7 @@ class ActivationLoader(Feed):
         run: A run folder or an opened store, or several, whose rows are mixed.
         hooks: Names or patterns of activations, and names of other arrays (`tokens/input_ids`, `metrics/loss`).
         batch_size: Rows of a batch; only the last one of an epoch is shorter.
-        shuffle: `rows`: a random permutation of all rows; within a batch they stand as in the store.
+        shuffle: Within a batch, rows stand as in the store. `rows`: a random permutation of all rows.
             `blocks`: runs of `block_rows` rows, in random order, fill a buffer of `buffer_rows`, all of whose
             rows are mixed; reads in long stretches, for what does not fit into memory. None: as in the store.
         seed: Chooses the order of every epoch.
@@ -63,7 +64,8 @@ class ActivationLoader(Feed):
         rank: Which of `world_size` processes this is; by default as torch.distributed says, if it is initialized.
         world_size: How many processes share each epoch.
         block_rows: Rows of a block; by default 128, or a whole part where the store is compressed.
-        buffer_rows: Rows that are mixed with one another, for `blocks`; there are two buffers of this size.
+        buffer_rows: Rows that are mixed with one another, for `blocks`; there are two buffers of this size, or none
+            where memory holds all files that are read.
         read_ahead: Batches that wait ready; 0 reads each when it is asked for.
         corpus: Which corpus of each run.
         partial: Take what is committed where parts are missing.

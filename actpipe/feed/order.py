@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -34,13 +35,30 @@ class Order:
         if self.shuffle is None:
             return places
         if self.shuffle == "rows":
-            return Permutation(self.n_rows, self.seed, self.epoch, _ROWS)(places)
-        n_blocks = self.n_rows // self.block_rows
+            return self._of_rows(places)
         block, offset = np.divmod(places, self.block_rows)
-        whole = np.flatnonzero(block < n_blocks)
-        block[whole] = Permutation(n_blocks, self.seed, self.epoch, _BLOCKS)(block[whole])
-        shift = int(np.random.default_rng((self.seed, self.epoch, _SHIFT)).integers(self.n_rows))
-        return (block * self.block_rows + offset + shift) % self.n_rows
+        return (self._block(block) * self.block_rows + offset + self._shift) % self.n_rows
+
+    @cached_property
+    def _of_rows(self) -> Permutation:
+        return Permutation(self.n_rows, self.seed, self.epoch, _ROWS)
+
+    @cached_property
+    def _of_blocks(self) -> Permutation:
+        return Permutation(self.n_rows // self.block_rows, self.seed, self.epoch, _BLOCKS)
+
+    @cached_property
+    def _shift(self) -> int:
+        return int(np.random.default_rng((self.seed, self.epoch, _SHIFT)).integers(self.n_rows))
+
+    def _block(self, numbers: Indices) -> Indices:
+        """Return which blocks come at these numbers; the last, which is not whole, stays where it is."""
+        first = int(numbers.min(initial=self.n_rows))
+        close = int(numbers.max(initial=-1)) - first < len(numbers)
+        blocks = np.arange(first, int(numbers.max(initial=-1)) + 1) if close else numbers.copy()
+        whole = np.flatnonzero(blocks < self.n_rows // self.block_rows)
+        blocks[whole] = self._of_blocks(blocks[whole])
+        return blocks[numbers - first] if close else blocks
 
 
 @dataclass(frozen=True)
@@ -56,6 +74,23 @@ class Group:
     def n_rows(self) -> int:
         """Rows of the group."""
         return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """What is read at once: the rows at places `[start, stop)`, or those of them that are `chosen`.
+
+    A reader gives the rows of a range of places in an order of its own; `chosen` are numbers in that order, and ascend.
+    """
+
+    start: int
+    stop: int
+    chosen: Indices | None = None
+
+    @property
+    def n_rows(self) -> int:
+        """Rows that are read."""
+        return self.stop - self.start if self.chosen is None else len(self.chosen)
 
 
 @dataclass(frozen=True)

@@ -41,10 +41,16 @@ class Permutation:
         return result.astype(np.int64)
 
     def _walk(self, indices: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-        left, right = np.divmod(indices, self._side)
+        left = indices // self._side
+        right = indices - left * self._side
         for key in self._round_keys:
-            left, right = right, (left + _mix(right + key)) % self._side
+            left, right = right, self._below_side(left + _mix(right + key))
         return left * self._side + right
+
+    def _below_side(self, values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+        """Return the remainders; numpy divides many numbers by one much faster than it takes remainders."""
+        values -= values // self._side * self._side
+        return values
 
 
 def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

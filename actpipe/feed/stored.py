@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import lru_cache
+from itertools import chain, pairwise
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -12,15 +15,20 @@ import torch
 
 from actpipe.errors import StoreMismatchError
 from actpipe.feed.documents import Labels
-from actpipe.feed.feeding import Rows, as_numpy
+from actpipe.feed.feeding import Fill, Rows, as_numpy
 from actpipe.feed.mixing import Mixture
-from actpipe.feed.order import Order
+from actpipe.feed.order import Order, Stretch
 from actpipe.feed.permutation import Indices
 from actpipe.feed.selection import RowSet
 from actpipe.stores.arrays import StoredArray
+from actpipe.stores.fetching import Chunk, FetchAhead
+from actpipe.stores.mapping import MAPPED_FILES
+from actpipe.stores.memory import room_for_files
 from actpipe.stores.reading import ActivationStore
 
 _ROWS_AT_ONCE = 16_384
+_SHARE_OF_MEMORY = 0.8
+"""Of what memory has room for, what files may take that are read again and again; the rest is for batches."""
 _ROW_BITS = 48
 """A source and a row in one number, to sort by both: 2^48 rows, 2^15 sources."""
 
@@ -32,6 +40,16 @@ class Source:
     store: ActivationStore
     arrays: Mapping[str, StoredArray]
     rows: RowSet
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Rows that are read together, by source and row, and where in their stretch they go."""
+
+    source: Indices
+    rows: Indices
+    here: slice
+    is_last: bool
 
 
 class StoredRows:
@@ -84,19 +102,60 @@ class StoredRows:
             single["source"] = torch.int64
         return rows | {name: torch.empty(n_rows, dtype=dtype, pin_memory=pinned) for name, dtype in single.items()}
 
-    def fill(self, order: Order, places: Indices, into: Rows) -> Iterator[None]:
-        """Read the rows at these places of an epoch, in the order of the stores."""
+    @contextmanager
+    def reading(self, order: Order, stretches: Iterable[Stretch]) -> Iterator[Fill]:
+        """Read stretches of an epoch, each in the order of the stores, while chunks to come are fetched."""
+
+        @lru_cache(maxsize=1)
+        def rows_of(start: int, stop: int) -> tuple[Indices, Indices]:
+            return self._sorted(order, np.arange(start, stop))
+
+        def pieces(stretch: Stretch) -> Iterator[_Piece]:
+            source, rows = rows_of(stretch.start, stretch.stop)
+            chosen = stretch.chosen
+            return _pieces(source, rows) if chosen is None else _pieces(source[chosen], rows[chosen])
+
+        with FetchAhead(chain.from_iterable(map(pieces, stretches)), self._chunks) as coming:
+
+            def fill(into: Rows) -> Iterator[None]:
+                for piece in coming:
+                    self._read(piece, {name: tensor[piece.here] for name, tensor in into.items()})
+                    yield
+                    if piece.is_last:
+                        return
+
+            yield fill
+
+    @property
+    def at_random(self) -> bool:
+        """Whether all arrays are files of this machine that hold rows as they are, and can stay in memory together."""
+        arrays = [array for source in self._sources for array in source.arrays.values()]
+        if not all(array.is_mapped for array in arrays) or sum(array.n_parts for array in arrays) > MAPPED_FILES:
+            return False
+        return sum(array.n_rows * array.row_bytes for array in arrays) <= _SHARE_OF_MEMORY * room_for_files()
+
+    def announce(self, order: Order, stretch: Stretch) -> None:
+        """Let the operating system begin to read a whole stretch; only a hint."""
+        source, rows = self._sorted(order, np.arange(stretch.start, stretch.stop))
+        for number, here in self._of_sources(source):
+            for array in self._sources[number].arrays.values():
+                array.announce(rows[here])
+
+    def _sorted(self, order: Order, places: Indices) -> tuple[Indices, Indices]:
+        """Return source and row of what stands at these places, sorted by both."""
         source, within = self._mixture.locate(order(places), order.epoch)
         rows = np.empty_like(within)
         for number in range(len(self._sources)):
             here = np.flatnonzero(source == number)
             rows[here] = self._sources[number].rows(within[here])
         both = np.sort(source << _ROW_BITS | rows)
-        source, rows = both >> _ROW_BITS, both & (1 << _ROW_BITS) - 1
-        for start in range(0, len(rows), _ROWS_AT_ONCE):
-            piece = slice(start, start + _ROWS_AT_ONCE)
-            self._read(source[piece], rows[piece], {name: tensor[piece] for name, tensor in into.items()})
-            yield
+        return both >> _ROW_BITS, both & (1 << _ROW_BITS) - 1
+
+    def _chunks(self, piece: _Piece) -> Iterator[Chunk]:
+        """Yield the chunks of object stores that a piece reads, in order."""
+        for number, here in self._of_sources(piece.source):
+            for array in filter(attrgetter("is_far"), self._sources[number].arrays.values()):
+                yield from array.chunks(np.unique(piece.rows[here] // array.rows_per_part).tolist())
 
     def _of_sources(self, source: Indices) -> Iterator[tuple[int, slice]]:
         """Yield the sources that rows sorted by source come from, each with where its rows stand."""
@@ -105,7 +164,8 @@ class StoredRows:
             if start < stop:
                 yield number, slice(start, stop)
 
-    def _read(self, source: Indices, rows: Indices, into: Rows) -> None:
+    def _read(self, piece: _Piece, into: Rows) -> None:
+        source, rows = piece.source, piece.rows
         for number, here in self._of_sources(source):
             for name, array in self._sources[number].arrays.items():
                 array.gather(rows[here], as_numpy(into[name])[here])
@@ -114,6 +174,13 @@ class StoredRows:
         into["row"][:] = torch.from_numpy(rows)
         if "source" in into:
             into["source"][:] = torch.from_numpy(source)
+
+
+def _pieces(source: Indices, rows: Indices) -> Iterator[_Piece]:
+    """Yield what these rows are read in, some at a time."""
+    for start in range(0, len(rows), _ROWS_AT_ONCE):
+        here = slice(start, min(start + _ROWS_AT_ONCE, len(rows)))
+        yield _Piece(source[here], rows[here], here, is_last=here.stop == len(rows))
 
 
 def _check_same(name: str, first: StoredArray, other: StoredArray, store: ActivationStore) -> None:

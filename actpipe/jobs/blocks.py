@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol, Self, TypeVar
@@ -15,6 +15,7 @@ import numpy.typing as npt
 from actpipe.errors import IncompleteStoreError
 from actpipe.stores.arrays import StoredArray
 from actpipe.stores.dtypes import as_float32
+from actpipe.stores.fetching import Chunk, FetchAhead
 from actpipe.stores.reading import ActivationStore
 
 FAN_IN = 16
@@ -26,8 +27,10 @@ _WORTH_A_BLOCK = 16 * 2**20
 class Computing(Protocol):
     """Where graphs are computed."""
 
-    def counted(self, function: Callable[[Any], Any], done: Callable[[int], None]) -> Callable[[Any], Any]:
-        """Return the function, telling `done` after each call."""
+    def counted(
+        self, function: Callable[[Any], Any], blocks: list[Any], done: Callable[[int], None]
+    ) -> AbstractContextManager[Callable[[Any], Any]]:
+        """Give the function for use on these blocks within, telling `done` after each call."""
 
     def compute(self, graph: Any) -> Any:
         """Return what a graph of delayed calls gives."""
@@ -36,15 +39,21 @@ class Computing(Protocol):
 class ByThreads:
     """Compute by Dask's threads in this process, or as Dask is configured."""
 
-    def counted(self, function: Callable[[Any], Any], done: Callable[[int], None]) -> Callable[[Any], Any]:
-        """Return the function, telling `done` after each call."""
+    @contextmanager
+    def counted(
+        self, function: Callable[[Any], Any], blocks: list[Any], done: Callable[[int], None]
+    ) -> Iterator[Callable[[Any], Any]]:
+        """Give the function for use on these blocks within; chunks of object stores are fetched ahead of it."""
+        coming = FetchAhead(blocks, _chunks)
 
         def counted(block: Any) -> Any:
+            next(coming)  # Dask begins the blocks in their order
             answer = function(block)
             done(1)
             return answer
 
-        return counted
+        with coming:
+            yield counted
 
     def compute(self, graph: Any) -> Any:
         """Return what a graph of delayed calls gives."""
@@ -88,6 +97,12 @@ class RowBlock:
     def n_rows(self) -> int:
         """Rows of the block."""
         return self.stop - self.start
+
+    def chunks(self) -> Iterator[Chunk]:
+        """Yield the chunks of an object store that hold the block."""
+        for array in self.arrays.values():
+            first, last = self.start // array.rows_per_part, (self.stop - 1) // array.rows_per_part
+            yield from array.chunks(range(first, last + 1))
 
     def read(self, name: str) -> npt.NDArray[np.float32]:
         """Return the block's rows of one array, in float32."""
@@ -145,8 +160,9 @@ def map_and_sum(
 ) -> SumT:
     """Apply a function to every block and add the answers up, some at a time.
 
-    Memory is that of as many blocks as Dask runs together. The grouping depends on the blocks
-    alone, so the same blocks give the same bits whatever the number of workers.
+    Memory is that of as many blocks as Dask runs together; of a run in an object store, the chunks of the next
+    blocks are fetched meanwhile. The grouping depends on the blocks alone, so the same blocks give the same bits
+    whatever the number of workers.
 
     Args:
         function: From a block to something that adds up.
@@ -154,16 +170,24 @@ def map_and_sum(
         done: Called with 1 after each block.
         fan_in: How many are added up at a time; take 2 where an answer is large.
     """
+    blocks = list(blocks)
     computing = _COMPUTING.get()
-    counted = computing.counted(function, done)
-    level = [dask.delayed(counted, pure=False)(block) for block in blocks]
-    if not level:
-        raise IncompleteStoreError("the store has no rows to analyse")
-    add = dask.delayed(_add_all, pure=False)
-    while len(level) > 1:
-        level = [add(level[i : i + fan_in]) for i in range(0, len(level), fan_in)]
-    result: SumT = computing.compute(level[0])
+    with computing.counted(function, blocks, done) as counted:
+        level = [dask.delayed(counted, pure=False)(block) for block in blocks]
+        if not level:
+            raise IncompleteStoreError("the store has no rows to analyse")
+        add = dask.delayed(_add_all, pure=False)
+        while len(level) > 1:
+            level = [add(level[i : i + fan_in]) for i in range(0, len(level), fan_in)]
+        result: SumT = computing.compute(level[0])
     return result
+
+
+def _chunks(block: object) -> Iterator[Chunk]:
+    """Yield what a block of one store, or one of each of several, reads from object stores."""
+    for side in block if isinstance(block, tuple) else (block,):
+        if isinstance(side, RowBlock):
+            yield from side.chunks()
 
 
 def _add_all(parts: list[SumT]) -> SumT:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from io import FileIO
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,43 +20,43 @@ from actpipe.errors import IncompleteStoreError
 from actpipe.schemas.manifest import ArrayManifest, Quantisation
 from actpipe.stores.dtypes import numpy_dtype
 from actpipe.stores.encoding import Codec, decompress, row_bytes
+from actpipe.stores.fetching import Chunk
+from actpipe.stores.mapping import map_file
 from actpipe.stores.remote import remote_of
 
-_OPEN_CHUNKS = 512
 _LONG_RUN = 16
 """Rows that follow one another, from which on reading them beats copying them out of a map."""
+_HINT_BYTES = 2**19
+"""Most bytes of one hint: the operating system cuts longer ones short."""
+_TRIES = 8
+"""How often a chunk is fetched again where others make room of it before it is opened."""
 _UNPACKED_CHUNKS = 8
 """Decompressed chunks that stay in memory, so that neighbouring rows are not unpacked again and again."""
 
+Opened = TypeVar("Opened")
 
-def _open_chunk(path: Path, dtype: str, shape: tuple[int, ...], codec: Codec) -> npt.NDArray[Any]:
+
+def _open_chunk(path: str, dtype: str, shape: tuple[int, ...], codec: Codec) -> npt.NDArray[Any]:
     """Open a chunk file: mapped, so that only what is touched is read, or decompressed whole."""
-    status = path.stat()
+    status = os.stat(path)  # noqa: PTH116 - a Path takes longer to make than the rest to do
     version = (status.st_ino, status.st_mtime_ns)
-    opened = _map_file(path, version) if codec == "none" else _unpack_file(path, codec, version)
+    opened = map_file(path, version) if codec == "none" else _unpack_file(path, codec, version)
     return opened.view(numpy_dtype(dtype)).reshape(shape)
 
 
-@lru_cache(maxsize=_OPEN_CHUNKS)
-def _map_file(path: Path, version: tuple[int, int]) -> npt.NDArray[np.uint8]:
-    """Map one version of a file: a chunk that was written anew is mapped anew."""
-    del version
-    return decompress("none", path)
-
-
 @lru_cache(maxsize=_UNPACKED_CHUNKS)
-def _unpack_file(path: Path, codec: Codec, version: tuple[int, int]) -> npt.NDArray[np.uint8]:
+def _unpack_file(path: str, codec: Codec, version: tuple[int, int]) -> npt.NDArray[np.uint8]:
     del version
-    return decompress(codec, path)
+    return decompress(codec, Path(path))
 
 
-def _fetched(file: Path) -> bool:
-    """Bring a chunk from the object store behind the folder, if there is one; older ones may go for it."""
-    remote = remote_of(file.parent)
-    if remote is None or not remote.fetch(file):
-        return False
-    _map_file.cache_clear()  # a file that was removed keeps its room while it is mapped
-    return True
+def _read_run(file: FileIO, offset: int, wanted: memoryview) -> None:
+    """Read bytes of a file that follow one another."""
+    file.seek(offset)
+    while wanted and (n_read := file.readinto(wanted)):
+        wanted = wanted[n_read:]
+    if wanted:
+        raise IncompleteStoreError(f"{file.name!s} is cut short; `actpipe verify` says what else is")
 
 
 @dataclass(frozen=True)
@@ -126,15 +127,39 @@ class StoredArray:
 
     def _chunk(self, path: str, part: int, dtype: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
         """Open a chunk of an array."""
-        return _open_chunk(self._file(path, part, len(shape)), dtype, shape, self.codec)
+        return self._open(path, part, len(shape), lambda file: _open_chunk(file, dtype, shape, self.codec))
 
-    def _file(self, path: str, part: int, n_axes: int) -> Path:
-        file = self.store.joinpath(path, "c", str(part), *("0" for _ in range(n_axes - 1)))
-        if not file.is_file() and not _fetched(file):
-            raise IncompleteStoreError(
-                f"part {part} of {path} is not there: {file} is missing; run the recipe again to finish the store"
-            )
-        return file
+    def _open(self, path: str, part: int, n_axes: int, opened: Callable[[str], Opened]) -> Opened:
+        """Open a chunk file, which an object store behind the folder may have to give first."""
+        file = self._file(path, part, n_axes)
+        for _ in range(_TRIES):
+            try:
+                return opened(file)
+            except FileNotFoundError:  # not fetched yet, or removed in between to make room for another
+                remote = remote_of(self.store)
+                if remote is None or not remote.chunks.fetch(Path(file)):
+                    break
+        raise IncompleteStoreError(
+            f"part {part} of {path} is not there: {file} is missing; run the recipe again to finish the store"
+        )
+
+    def _file(self, path: str, part: int, n_axes: int) -> str:
+        return f"{self.store}/{path}/c/{part}{'/0' * (n_axes - 1)}"
+
+    def chunks(self, parts: Iterable[int]) -> Iterator[Chunk]:
+        """Yield the chunks of some parts that an object store has; none where the store is on this machine alone."""
+        remote = remote_of(self.store)
+        if remote is None:
+            return
+        kept, values = self.manifest.quantisation, math.prod(self.manifest.row_shape)
+        itemsize = self.dtype.itemsize if kept is None else 1
+        arrays = [(self.manifest.path, self.ndim, self.rows_per_part * values * itemsize)]
+        if kept is not None:
+            arrays.append((kept.row_scales, 2, 4 * self.rows_per_part * -(-values // kept.block)))
+            arrays.append((kept.channel_scales, self.ndim, 4 * values))
+        for part in parts:
+            for path, n_axes, n_bytes in arrays:
+                yield Chunk(remote.chunks, Path(self._file(path, part, n_axes)), n_bytes)
 
     def read(self, start: int, stop: int) -> npt.NDArray[Any]:
         """Return rows `[start, stop)`; a view of the mapped file where one part holds them all."""
@@ -178,44 +203,65 @@ class StoredArray:
             return
         assert rows[0] >= 0, "rows must be in the store"
         assert rows[-1] < self.n_rows, "rows must be in the store"
-        first, last = int(rows[0]) // self.rows_per_part, int(rows[-1]) // self.rows_per_part
-        bounds = np.searchsorted(rows, np.arange(first, last + 2) * self.rows_per_part).tolist()
-        pieces = [(first + n, slice(*bound)) for n, bound in enumerate(pairwise(bounds)) if bound[0] < bound[1]]
-        runs = np.flatnonzero(np.diff(rows) != 1) + 1
-        if self._is_bare and len(runs) * _LONG_RUN < len(rows):
-            for reads in (self._announce, self._read_run):  # all of it is under way before the first is waited for
-                for part, here in pieces:
-                    inside = runs[slice(*np.searchsorted(runs, [here.start + 1, here.stop]))].tolist()
-                    path = self._file(self.manifest.path, part, 1 + len(self.manifest.row_shape))
-                    with FileIO(path) as file:
-                        for start, stop in pairwise([here.start, *inside, here.stop]):
-                            reads(file, int(rows[start]) - part * self.rows_per_part, into[start:stop])
+        n_runs = 1 + np.count_nonzero(np.diff(rows) != 1)
+        if self._is_bare and (n_runs - 1) * _LONG_RUN < len(rows):
+            self.announce(rows)  # all of it is under way before the first is waited for
+            row_bytes, data = self.row_bytes, into.reshape(-1).view(np.uint8).data
+            for file, offset, here in self._runs(rows):
+                _read_run(file, offset, data[here.start * row_bytes : here.stop * row_bytes])
             return
-        for part, here in pieces:
+        for part, here in self._pieces(rows):
             chosen = rows[here] - part * self.rows_per_part
             if self.manifest.quantisation is None:
                 np.take(self.part(part), chosen, axis=0, out=into[here], mode="clip")  # other modes copy twice
             else:
                 into[here] = self._rows_of(part, chosen)
 
+    def announce(self, rows: npt.NDArray[np.int64]) -> None:
+        """Let the operating system begin to read rows whose numbers ascend; only a hint, for bare files."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        row_bytes = self.row_bytes
+        for file, offset, here in self._runs(rows):
+            stop = offset + (here.stop - here.start) * row_bytes
+            for start in range(offset, stop, _HINT_BYTES):
+                n_bytes = min(_HINT_BYTES, stop - start)
+                os.posix_fadvise(file.fileno(), start, n_bytes, os.POSIX_FADV_WILLNEED)
+
+    def _pieces(self, rows: npt.NDArray[np.int64]) -> Iterator[tuple[int, slice]]:
+        """Yield the parts that rows come from, which ascend, each with where its rows stand among them."""
+        first, last = int(rows[0]) // self.rows_per_part, int(rows[-1]) // self.rows_per_part
+        bounds = np.searchsorted(rows, np.arange(first, last + 2) * self.rows_per_part).tolist()
+        return ((first + n, slice(*bound)) for n, bound in enumerate(pairwise(bounds)) if bound[0] < bound[1])
+
+    def _runs(self, rows: npt.NDArray[np.int64]) -> Iterator[tuple[FileIO, int, slice]]:
+        """Yield runs of rows that follow one another: the file, the byte where it begins, where it stands in `rows`."""
+        runs, row_bytes = np.flatnonzero(np.diff(rows) != 1) + 1, self.row_bytes
+        for part, here in self._pieces(rows):
+            inside = runs[slice(*np.searchsorted(runs, [here.start + 1, here.stop]))].tolist()
+            with self._open(self.manifest.path, part, self.ndim, FileIO) as file:
+                for start, stop in pairwise([here.start, *inside, here.stop]):
+                    yield file, (int(rows[start]) - part * self.rows_per_part) * row_bytes, slice(start, stop)
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether rows are read from files of this machine that hold them as they are."""
+        return self._is_bare and not self.is_far
+
+    @property
+    def is_far(self) -> bool:
+        """Whether an object store is behind the folder."""
+        return remote_of(self.store) is not None
+
+    @property
+    def n_parts(self) -> int:
+        """Parts, the last of which may be shorter."""
+        return -(-self.n_rows // self.rows_per_part)
+
     @property
     def _is_bare(self) -> bool:
         """Whether chunk files hold the array's own bytes and nothing else."""
         return self.codec == "none" and self.manifest.quantisation is None
-
-    def _announce(self, file: FileIO, row: int, into: npt.NDArray[Any]) -> None:
-        """Let the operating system begin to read rows of a part; only a hint."""
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(file.fileno(), row * self.row_bytes, into.nbytes, os.POSIX_FADV_WILLNEED)
-
-    def _read_run(self, file: FileIO, row: int, into: npt.NDArray[Any]) -> None:
-        """Read rows of a part that follow one another."""
-        file.seek(row * self.row_bytes)
-        wanted = into.reshape(-1).view(np.uint8).data
-        while wanted and (n_read := file.readinto(wanted)):
-            wanted = wanted[n_read:]
-        if wanted:
-            raise IncompleteStoreError(f"{file.name!s} is cut short; `actpipe verify` says what else is")
 
     def __getitem__(self, key: Any) -> npt.NDArray[Any]:
         """Index as numpy does: slices and row numbers on the first axis, anything numpy takes on the others."""

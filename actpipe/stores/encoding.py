@@ -139,10 +139,8 @@ def _blosc(data: npt.NDArray[np.uint8], itemsize: int) -> bytes:
 
 
 def decompress(codec: Codec, path: Path) -> npt.NDArray[np.uint8]:
-    """Return the bytes of a chunk: mapped and not yet read where they are not compressed."""
+    """Return the bytes of a chunk that is compressed."""
     raw = np.asarray(np.memmap(path, mode="r", dtype=np.uint8))
-    if codec == "none":
-        return raw
     unpacked = numcodecs.zstd.decompress(raw) if codec == "zstd" else numcodecs.blosc.decompress(raw)
     return np.frombuffer(unpacked, np.uint8)
 

@@ -12,7 +12,6 @@ import json
 import os
 import re
 import socket
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -23,22 +22,19 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from actpipe.errors import StorageError, StorageRefusedError, StoreMismatchError
+from actpipe.stores.fetching import AT_ONCE, CHUNK, ChunkCache
 from actpipe.stores.layout import user_cache, write_whole
 from actpipe.stores.remote_locking import LOCK_NAME, RemoteLock
 
-CACHE_BYTES = 20 * 10**9
-"""Bytes of fetched chunks that stay here, unless `ACTPIPE_CACHE_BYTES` says otherwise."""
 RETRY_SECONDS = 180
 """How long a request is tried again, with growing waits, before the object store counts as out of reach."""
 _URL = re.compile(r"(s3|gs|az|abfs|https?):/+(.+)")
-_CHUNK = re.compile(r"(.*/)?store\.zarr/.+/c/[\d/]+")
 _OURS = re.compile(
     r"(corpora/[^/]+/)?(run\.yaml|log\.jsonl|report\.html|(documents|sequences|rows)\.parquet"
     r"|(tokenizer|commits|results|store\.zarr)/(?!\.)(.+/)?[^./][^/]*)"
 )
 """What a run has beside chunks, and what is copied: no files on their way, locks, or what unfinished stages leave."""
 _MARK = ".remote"
-_AT_ONCE = 8
 _PIECE_BYTES = 8 * 2**20
 
 
@@ -98,9 +94,15 @@ def _marked(path: Path) -> tuple[Path, str] | None:
     return None
 
 
-@lru_cache(maxsize=64)
 def _opened(folder: Path, url: str) -> Remote:
-    return Remote(folder, url)
+    """Return the one object that all threads of this process have of a run."""
+    return _OPENED.setdefault((folder, url), Remote(folder, url))
+
+
+_OPENED: dict[tuple[Path, str], Remote] = {}
+os.register_at_fork(after_in_child=_OPENED.clear)
+_ASKED_BY: set[int] = set()
+"""Processes that have asked object stores; obstore's threads do not live on in a fork, and its requests hang there."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,11 @@ class Remote:
 
     folder: Path
     url: str
-    _fetching: threading.Lock = field(default_factory=threading.Lock, compare=False, repr=False)
+    chunks: ChunkCache = field(init=False, compare=False, repr=False)
+    """The chunks that are here, and how others come."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "chunks", ChunkCache(self.folder, self._download_chunk))
 
     @classmethod
     def in_front_of(cls, url: str, *, of: str = "") -> Remote:
@@ -131,6 +137,12 @@ class Remote:
     def _objects(self) -> Any:
         from obstore.store import from_url
 
+        if _ASKED_BY and os.getpid() not in _ASKED_BY:
+            raise StorageError(
+                f"{self.url} cannot be read in a process that was forked after its parent has asked an object store; "
+                "start it anew: `multiprocessing_context='spawn'` in a DataLoader"
+            )
+        _ASKED_BY.add(os.getpid())
         with self._trouble_explained():
             return from_url(
                 self.url,
@@ -144,7 +156,7 @@ class Remote:
         known: dict[str, str] = json.loads(index.read_text()) if index.is_file() else {}
         there = self._metadata_there()
         changed = [path for path, tag in there.items() if known.get(path) != tag or not (self.folder / path).is_file()]
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
+        with ThreadPoolExecutor(AT_ONCE) as pool:
             list(pool.map(self._download, changed))
         for path in self._metadata_here():
             if path not in there:
@@ -163,7 +175,7 @@ class Remote:
     def bring_commits(self) -> None:
         """Bring the commit records here that are there and not here."""
         names = [name for name, _ in self._list() if "commits/" in name and _is_metadata(name)]
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
+        with ThreadPoolExecutor(AT_ONCE) as pool:
             list(pool.map(self._download, [name for name in names if not (self.folder / name).is_file()]))
 
     def put(self, *paths: Path) -> None:
@@ -174,7 +186,7 @@ class Remote:
             with self._trouble_explained():
                 obstore.put(self._objects, self._name(path), path)
 
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
+        with ThreadPoolExecutor(AT_ONCE) as pool:
             list(pool.map(put, paths))
 
     def has(self, path: Path) -> bool:
@@ -195,18 +207,6 @@ class Remote:
         with self._trouble_explained(), suppress(FileNotFoundError):
             obstore.delete(self._objects, self._name(path))
 
-    def fetch(self, path: Path) -> bool:
-        """Bring a chunk here, if it is there; the chunks fetched longest ago make room for it."""
-        with self._fetching:
-            if path.is_file():
-                return True
-            try:
-                self._download(self._name(path))
-            except FileNotFoundError:
-                return False
-            self.make_room(keep=path)
-            return True
-
     @contextmanager
     def as_it_is_there(self, path: Path) -> Iterator[None]:
         """Within, a chunk here is what is there now, and afterwards it is gone."""
@@ -221,20 +221,7 @@ class Remote:
     def chunks_there(self) -> Iterator[str]:
         """Yield the paths of all chunks there."""
         if not self.read_only:
-            yield from (name for name, _ in self._list() if _CHUNK.fullmatch(name))
-
-    def make_room(self, keep: Path | None = None) -> None:
-        """Remove chunks here, the oldest first, until no more than the bound is left."""
-        bound = int(os.environ.get("ACTPIPE_CACHE_BYTES", CACHE_BYTES))
-        files = [path for path in self.folder.rglob("c/**/*") if path.is_file() and _CHUNK.fullmatch(self._name(path))]
-        sizes = sorted((path.stat().st_mtime_ns, path.stat().st_size, path) for path in files)
-        total = sum(size for _, size, _ in sizes)
-        for _, size, path in sizes:
-            if total <= bound:
-                break
-            if path != keep:
-                path.unlink(missing_ok=True)
-                total -= size
+            yield from (name for name, _ in self._list() if CHUNK.fullmatch(name))
 
     @contextmanager
     def only_run(self) -> Iterator[Callable[[], None]]:
@@ -282,8 +269,8 @@ class Remote:
                 f"{self.url} holds other files and no run, such as {min(names)}; choose an empty place with --out"
             )
 
-    def _download(self, name: str) -> None:
-        """Copy an object here, whole or not at all."""
+    def _download(self, name: str, make_room: Callable[[int], None] = lambda _: None) -> None:
+        """Copy an object here, whole or not at all, after making room for its bytes."""
         import obstore
 
         path = self.folder / name
@@ -291,11 +278,16 @@ class Remote:
         temporary = path.with_name(f".{path.name}.{os.urandom(6).hex()}")
         try:
             with self._trouble_explained(), temporary.open("wb") as file:
-                for piece in obstore.get(self._objects, name).stream(min_chunk_size=_PIECE_BYTES):
+                found = obstore.get(self._objects, name)
+                make_room(found.meta["size"])
+                for piece in found.stream(min_chunk_size=_PIECE_BYTES):
                     file.write(piece)
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+
+    def _download_chunk(self, path: Path, make_room: Callable[[int], None]) -> None:
+        self._download(self._name(path), make_room)
 
     def _metadata_there(self) -> dict[str, str]:
         """Return everything there that is no chunk, with what changes when it does."""
@@ -354,7 +346,7 @@ class Remote:
 
 
 def _is_metadata(name: str) -> bool:
-    return bool(_OURS.fullmatch(name)) and not _CHUNK.fullmatch(name)
+    return bool(_OURS.fullmatch(name)) and not CHUNK.fullmatch(name)
 
 
 def _explain(url: str, error: Exception) -> NoReturn:
@@ -377,7 +369,7 @@ def publish(paths: Iterable[Path]) -> None:
     paths = list(paths)
     if paths and (remote := remote_of(paths[0].parent)) is not None:
         remote.put(*(path for path in paths if _OURS.fullmatch(path.relative_to(remote.folder).as_posix())))
-        remote.make_room()
+        remote.chunks.keep_to_bound()
 
 
 @contextmanager

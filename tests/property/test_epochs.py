@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from feeding import POST, PRE, write_store
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,14 +19,17 @@ from actpipe.feed.permutation import Permutation
 from actpipe.feed.selection import select_rows
 
 SHUFFLES = st.sampled_from(["rows", "blocks", None])
-QUICK = settings(deadline=None, max_examples=60)
+PATIENT = settings(deadline=None)
+QUICK = settings(PATIENT, max_examples=60)
 
 
 class TestPermutation:
+    @PATIENT
     @given(n=st.integers(0, 5000), key=st.integers(0, 2**40))
     def test_it_gives_every_index_once(self, n, key):
         assert sorted(Permutation(n, key)(np.arange(n))) == list(range(n))
 
+    @PATIENT
     @given(n=st.integers(1, 2**40), key=st.integers(0, 9), data=st.data())
     def test_an_index_goes_to_one_place_whatever_stands_beside_it(self, n, key, data):
         indices = np.array(data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=20)))
@@ -53,6 +57,7 @@ class TestPermutation:
 
 
 class TestDeal:
+    @PATIENT
     @given(
         n_rows=st.integers(0, 3000),
         batch_size=st.integers(1, 100),
@@ -84,6 +89,7 @@ class TestDeal:
 
 
 class TestRowSet:
+    @PATIENT
     @given(wanted=st.lists(st.booleans(), max_size=200), cut=st.integers(1, 50))
     def test_it_holds_what_the_filters_want(self, wanted, cut):
         mask = np.array(wanted, np.bool_)
@@ -92,6 +98,7 @@ class TestRowSet:
 
         assert rows(np.arange(len(rows))).tolist() == np.flatnonzero(mask).tolist()
 
+    @PATIENT
     @given(mask=st.lists(st.booleans(), min_size=1, max_size=40), cut=st.integers(1, 9))
     def test_other_rows_have_another_checksum(self, mask, cut):
         def checksum(wanted, cut):
@@ -104,6 +111,7 @@ class TestRowSet:
 
 
 class TestMixture:
+    @PATIENT
     @given(sizes=st.lists(st.integers(1, 60), min_size=1, max_size=4), epoch=st.integers(0, 9), seed=st.integers(0, 9))
     def test_without_weights_every_row_comes_once(self, sizes, epoch, seed):
         mixture = Mixture(sizes, None, seed)
@@ -112,6 +120,7 @@ class TestMixture:
         pairs = sorted(zip(source.tolist(), within.tolist(), strict=True))
         assert pairs == [(number, row) for number, size in enumerate(sizes) for row in range(size)]
 
+    @PATIENT
     @given(sizes=st.lists(st.integers(20, 90), min_size=2, max_size=3), data=st.data(), seed=st.integers(0, 9))
     def test_shares_are_the_weights_and_epochs_go_on_where_they_stopped(self, sizes, data, seed):
         weights = data.draw(st.lists(st.integers(1, 4), min_size=len(sizes), max_size=len(sizes)))
@@ -186,6 +195,14 @@ class TestEpochs:
         assert [batch["row"].tolist() for batch in taken] == [batch["row"].tolist() for batch in batches]
 
 
+@pytest.fixture(scope="module")
+def packed_and_bare(tmp_path_factory):
+    """The same rows twice: read where they stand, and through a buffer."""
+    stores = [write_store(tmp_path_factory.mktemp("feed"), 210, 32, codec=codec) for codec in ("none", "zstd")]
+    assert [store.array(PRE).is_mapped for store in stores] == [True, False]
+    return stores
+
+
 class TestMixing:
     def test_blocks_are_mixed_over_the_whole_buffer(self, tmp_path):
         store = write_store(tmp_path, 4096, 512)
@@ -193,6 +210,28 @@ class TestMixing:
         batches = [batch["row"].numpy() for batch in loader]
 
         assert all(len(np.unique(rows // 8)) > 40 for rows in batches)  # of 64 rows: from most of the 129 blocks there
+
+    def test_rows_of_a_batch_of_blocks_stand_as_in_the_store(self, tmp_path):
+        store = write_store(tmp_path, 300, 64)
+
+        for batch in ActivationLoader(store, PRE, 32, "blocks", block_rows=4, buffer_rows=100):
+            assert batch["row"].tolist() == sorted(batch["row"].tolist())
+
+    @settings(QUICK, max_examples=20)
+    @given(data=st.data())
+    def test_unpacked_rows_come_in_the_same_batches_as_mapped_ones(self, packed_and_bare, data):
+        options = {"block_rows": data.draw(st.integers(1, 70)), "buffer_rows": data.draw(st.integers(1, 120))}
+        batch_size, stop = data.draw(st.integers(10, 60)), data.draw(st.integers(0, 12))
+        epochs = []
+        for store in packed_and_bare:
+            loader = ActivationLoader(store, [PRE, POST], batch_size, "blocks", read_ahead=0, **options)
+            loader.load_state_dict(loader.state_dict(batch=min(stop, len(loader))))
+            epochs.append(list(loader) + list(loader))
+
+        assert len(epochs[0]) == len(epochs[1])
+        for mapped, unpacked in zip(*epochs, strict=True):
+            assert mapped.keys() == unpacked.keys()
+            assert all(torch.equal(mapped[name], unpacked[name]) for name in mapped)
 
     def test_epochs_and_seeds_have_other_orders(self, tmp_path):
         store = write_store(tmp_path, 300, 64)

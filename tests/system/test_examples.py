@@ -43,3 +43,4 @@ def test_a_probe_is_better_than_its_control(small_run):
     accuracy = [float(number) for number in re.findall(r"accuracy ([\d.]+) on held-out documents", output)]
     assert accuracy[0] > accuracy[1]  # of the labels, and of labels dealt out at random
     assert 0 <= number(r"waited for the feed: ([\d.]+)%", output) <= 100
+    assert 0 < number(r"from a tensor in memory would take ([\d.]+)%", output) < 100

@@ -9,26 +9,35 @@ import json
 import os
 import shutil
 import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import obstore
 import pytest
+from feeding import POST, PRE, write_store
 from obstore.store import S3Store
 from rich.console import Console
 from support import TEXTS, all_bytes, make_recipe, run
+from torch.utils.data import DataLoader
 
 import actpipe
 from actpipe.describing import verify_run
 from actpipe.errors import IncompleteStoreError, RunInUseError, StorageError, StoreMismatchError
+from actpipe.jobs.blocks import even_blocks, map_and_sum
 from actpipe.repairing import repair_run
 from actpipe.status import read_status
 from actpipe.stores import remote as remote_module
+from actpipe.stores.fetching import AT_ONCE
+from actpipe.stores.layout import RunFolder
 from actpipe.stores.locking import Owner
+from actpipe.stores.reading import ActivationStore
 from actpipe.stores.remote import Remote, as_url, local_folder, remote_of
 from actpipe.telemetry import Telemetry
 
 HOOK = "blocks.0.hook_resid_post"
+PATIENCE = 60
+"""Seconds after which something that should have happened counts as never happening."""
 QUIET = Telemetry(Console(quiet=True))
 
 
@@ -81,7 +90,7 @@ def forget(url):
     """Be another machine, which has never seen the run."""
     shutil.rmtree(Remote.in_front_of(url).folder)
     remote_module._marked.cache_clear()
-    remote_module._opened.cache_clear()
+    remote_module._OPENED.clear()
 
 
 def test_it_holds_the_same_bytes_and_reads_the_same_elsewhere(bucket, corpus, tmp_path):
@@ -238,24 +247,24 @@ def test_other_peoples_files_are_left_alone(bucket, corpus):
     assert set(objects(bucket)) == {"run/thesis.tex"}
 
 
-class Flaky(http.server.BaseHTTPRequestHandler):
-    """Passes requests on, answers every fourth with 503 and cuts every seventh off."""
+class Proxy(http.server.BaseHTTPRequestHandler):
+    """Passes requests on, all but those that `meet` has answered."""
 
     protocol_version = "HTTP/1.1"
-    n_requests = 0
     behind = ""
 
+    def meet(self):
+        return False
+
+    def refuse(self, status):
+        self.send_response(status)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+        return True
+
     def pass_on(self):
-        type(self).n_requests += 1
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        if self.n_requests % 7 == 0:
-            self.close_connection = True
-            self.connection.close()
-            return
-        if self.n_requests % 4 == 0:
-            self.send_response(503)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
+        if self.meet():
             return
         connection = http.client.HTTPConnection(self.behind.removeprefix("http://"))
         connection.request(self.command, self.path, body, dict(self.headers))
@@ -276,21 +285,149 @@ class Flaky(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def test_a_server_that_refuses_and_cuts_off_is_asked_again(server, bucket, corpus, tmp_path, monkeypatch):
-    handler = type("FlakyHere", (Flaky,), {"behind": server})
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as proxy:
+class Flaky(Proxy):
+    """Answers every fourth request with 503 and cuts every seventh off."""
+
+    n_requests = 0
+
+    def meet(self):
+        type(self).n_requests += 1
+        if self.n_requests % 7 == 0:
+            self.close_connection = True
+            self.connection.close()
+            return True
+        return self.n_requests % 4 == 0 and self.refuse(503)
+
+
+class Watched(Proxy):
+    """Notes which chunks are asked for, and holds all but the first back until so many have been."""
+
+    def meet(self):
+        if self.command != "GET" or "/c/" not in self.path:
+            return False
+        part = int(self.path.split("/c/")[1].split("/")[0])
+        with self.changed:
+            self.asked.append(part)
+            self.changed.notify_all()
+            if part and not self.changed.wait_for(lambda: len(self.asked) >= type(self).together, PATIENCE):
+                self.in_vain.append(part)
+        return part == self.forbidden and self.refuse(403)
+
+
+@contextmanager
+def in_between(handler, monkeypatch, server, **attributes):
+    """Put a proxy before the server; gives its class."""
+    handler = type("Here", (handler,), {"behind": server, **attributes})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as proxy, monkeypatch.context() as patch:
         threading.Thread(target=proxy.serve_forever, daemon=True).start()
-        monkeypatch.setenv("AWS_ENDPOINT", f"http://127.0.0.1:{proxy.server_port}")
+        patch.setenv("AWS_ENDPOINT", f"http://127.0.0.1:{proxy.server_port}")
+        yield handler
+        proxy.shutdown()
+
+
+def watched(monkeypatch, server, *, together=0, forbidden=None):
+    attributes = {"asked": [], "in_vain": [], "changed": threading.Condition(), "together": together}
+    return in_between(Watched, monkeypatch, server, forbidden=forbidden, **attributes)
+
+
+def test_a_server_that_refuses_and_cuts_off_is_asked_again(server, bucket, corpus, tmp_path, monkeypatch):
+    with in_between(Flaky, monkeypatch, server) as handler:
         url = f"s3://{bucket}/run"
         run(make_recipe(corpus), url)
         forget(url)
         found = actpipe.open_store(url)[HOOK].compute()
         assert verify_run(url)[0] == []
-        proxy.shutdown()
     run(make_recipe(corpus), tmp_path / "local")
 
     assert handler.n_requests > 28
     np.testing.assert_array_equal(found, actpipe.open_store(tmp_path / "local")[HOOK].compute())
+
+
+@pytest.fixture
+def far_store(bucket):
+    """Twelve parts of 40 rows in the bucket, and a function that opens them as a machine that has none of them."""
+    url = f"s3://{bucket}/rows"
+    write_store(Remote.in_front_of(url).folder, 480, 40)
+
+    def open_elsewhere():
+        forget(url)
+        return ActivationStore(RunFolder(local_folder(url)))
+
+    return open_elsewhere
+
+
+@pytest.mark.parametrize("shuffle", ["rows", "blocks", None])
+def test_the_feed_fetches_each_chunk_once_and_ahead(far_store, server, monkeypatch, shuffle):
+    with watched(monkeypatch, server, together=6) as there:
+        loader = actpipe.ActivationLoader(far_store(), PRE, 20, shuffle, block_rows=10, buffer_rows=100)
+        batches = [batch for _ in range(2) for batch in loader]
+
+    assert there.in_vain == []
+    assert sorted(there.asked) == list(range(12))
+    for batch in batches:
+        assert (batch[PRE] == batch["row"][:, None]).all()
+
+
+def test_analyses_fetch_each_chunk_once_and_ahead(far_store, server, monkeypatch):
+    with watched(monkeypatch, server, together=6) as there:
+        blocks = even_blocks(far_store(), [PRE], 4 * 4 * 40)
+        total = map_and_sum(lambda block: block.read(PRE).astype(np.float64).sum(), blocks)
+
+    assert len(blocks) == 12
+    assert there.in_vain == []
+    assert sorted(there.asked) == list(range(12))
+    assert total == 4 * sum(range(480))
+
+
+def test_a_cache_that_holds_a_few_chunks_feeds_a_whole_epoch(far_store, monkeypatch):
+    store, chunk_bytes = far_store(), 40 * 4 * 4
+    monkeypatch.setenv("ACTPIPE_CACHE_BYTES", str(4 * chunk_bytes))
+    for options in ({"shuffle": None}, {"shuffle": "blocks", "block_rows": 40, "buffer_rows": 80}, {"shuffle": "rows"}):
+        batches = list(actpipe.ActivationLoader(store, [PRE, POST], 20, **options))
+        kept = [path.stat().st_size for path in store.folder.store.rglob("c/*/0")]
+
+        assert 0 < sum(kept) <= 4 * chunk_bytes
+        assert sorted(row for batch in batches for row in batch["row"].tolist()) == list(range(480))
+        assert all((batch[POST] == -batch["row"][:, None]).all() for batch in batches)
+
+
+def test_a_chunk_that_cannot_be_fetched_stops_the_feed_where_it_is_needed(far_store, server, monkeypatch):
+    with watched(monkeypatch, server, forbidden=7):
+        batches = iter(actpipe.ActivationLoader(far_store(), PRE, 40, None))
+        taken = [next(batches)["row"][0].item() for _ in range(7)]
+        with pytest.raises(StorageError, match="out of reach"):
+            next(batches)
+
+    assert taken == list(range(0, 280, 40))
+
+
+def test_a_feed_that_is_left_begins_no_further_fetch(far_store, server, monkeypatch):
+    with watched(monkeypatch, server, together=100) as there:
+        batches = iter(actpipe.ActivationLoader(far_store(), PRE, 40, None, read_ahead=0))
+        next(batches)
+        with there.changed:
+            assert there.changed.wait_for(lambda: len(there.asked) == 1 + AT_ONCE, PATIENCE)
+        batches.close()
+        with there.changed:
+            there.together = 0
+            there.changed.notify_all()
+        for thread in threading.enumerate():
+            if thread.name.startswith("actpipe-fetch"):
+                thread.join(PATIENCE)
+                assert not thread.is_alive()
+
+    assert there.in_vain == []
+    assert sorted(there.asked) == list(range(1 + AT_ONCE))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_forked_workers_are_refused_and_new_ones_feed(far_store):
+    loader = actpipe.ActivationLoader(far_store(), PRE, 40)
+    with pytest.raises(StorageError, match="multiprocessing_context='spawn'"):
+        list(DataLoader(loader, batch_size=None, num_workers=1, multiprocessing_context="fork"))
+    batches = DataLoader(loader, batch_size=None, num_workers=1, multiprocessing_context="spawn")
+
+    assert sorted(row for batch in batches for row in batch["row"].tolist()) == list(range(480))
 
 
 def test_a_server_that_is_gone_is_said_so(bucket, corpus, monkeypatch):
