@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from actpipe.planning import plan_parts
 from actpipe.records import Finding, Part
 from actpipe.stage import RunContext
 from actpipe.stores.kept_rows import KeptRows
-from actpipe.stores.layout import RunFolder
+from actpipe.stores.layout import RunFolder, take_away
 from actpipe.stores.results import Result, ResultWriter, current_result, labels
 from actpipe.stores.token_table import TokenTable
 from actpipe.stores.writing import missing_parts
@@ -69,7 +68,7 @@ class ReduceActivations:
         if result is None:
             arrays = self._reduce(context)
             result = self._commit(context, ResultWriter(context.corpus(self.config), wanted), arrays)
-            shutil.rmtree(context.corpus(self.config).reductions)
+            take_away(context.corpus(self.config).reductions, context.corpus(self.config))
         context.findings.append(_describe(result))
 
     def _wanted(self, context: RunContext) -> ResultRecord:
@@ -130,12 +129,14 @@ class ReduceActivations:
         """Prove the names on this very model and hook them."""
         tokens, place = TokenTable(context.corpus(self.config)), self._place(context)
         prove_hooks(context.model, tokens, context.spec.select(captured_hooks(self.config)))
+        sums = PartialSums(place)
+        sums.begin()
         with ReducingWorker.open(
             self.config,
             context.model,
             tokens,
             self._kept(place),
-            PartialSums(place),
+            sums,
             meter=meter,
             derivations=self._derivations(context),
         ) as worker:

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import re
-import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -34,9 +33,11 @@ _URL = re.compile(r"(s3|gs|az|abfs|https?):/+(.+)")
 _CHUNK = re.compile(r"(.*/)?store\.zarr/.+/c/[\d/]+")
 _OURS = re.compile(
     r"(corpora/[^/]+/)?(run\.yaml|log\.jsonl|report\.html|(documents|sequences|rows)\.parquet"
-    r"|(tokenizer|commits|results|store\.zarr)/(?!\.)(.+/)?[^./][^/]*)"
+    r"|(tokenizer|commits|results|store\.zarr|reductions|continuations)/(?!\.)(.+/)?[^./][^/]*)"
 )
-"""What a run has beside chunks, and what is copied: no files on their way, locks, or what unfinished stages leave."""
+"""What a run has beside chunks, and what is copied: no files on their way, and no locks."""
+_PIECES = re.compile(r"(corpora/[^/]+/)?(commits|reductions|continuations)/.+")
+"""What the workers of a cluster add, each file once."""
 _MARK = ".remote"
 _AT_ONCE = 8
 _PIECE_BYTES = 8 * 2**20
@@ -62,26 +63,22 @@ def local_folder(run: str | Path) -> Path:
     return remote.folder
 
 
-def front_of_worker(run: str) -> Path:
-    """Return the folder in front of a run for this process alone, with what is no chunk; a local folder is itself."""
-    url = as_url(run)
-    if url is None:
-        return Path(run)
-    remote = Remote.in_front_of(url, of=f"{socket.gethostname()}-{os.getpid()}")
-    remote.pull()
-    return remote.folder
-
-
 def publish_all(folder: Path) -> None:
     """Put into the object store behind a run folder what is new in it, if there is one, for others to see."""
     if (remote := remote_of(folder)) is not None:
         remote.push()
 
 
-def fetch_commits(folder: Path) -> None:
-    """Bring the commit records here that others have put into the object store behind a run folder."""
+def fetch_pieces(folder: Path) -> None:
+    """Bring what workers have put into the object store behind a run folder: commit records, and parts of results."""
     if (remote := remote_of(folder)) is not None:
-        remote.bring_commits()
+        remote.bring_pieces()
+
+
+def fetch_all(folder: Path) -> None:
+    """Make all that is no chunk equal to what is in the object store behind a run folder, if there is one."""
+    if (remote := remote_of(folder)) is not None:
+        remote.pull()
 
 
 def remote_of(path: Path) -> Remote | None:
@@ -112,11 +109,10 @@ class Remote:
     _fetching: threading.Lock = field(default_factory=threading.Lock, compare=False, repr=False)
 
     @classmethod
-    def in_front_of(cls, url: str, *, of: str = "") -> Remote:
-        """Return the run at a URL; its folder is in the user's cache, under a name of its own (`of` someone)."""
-        base = Path(os.environ.get("ACTPIPE_CACHE", "")) if os.environ.get("ACTPIPE_CACHE") else _user_cache()
+    def in_front_of(cls, url: str, base: Path | None = None) -> Remote:
+        """Return the run at a URL; its folder is in the user's cache, or in `base`, under a name of its own."""
         readable = re.sub(r"[^A-Za-z0-9]+", "-", url)[-60:].strip("-")
-        folder = base / f"{readable}-{hashlib.sha256((url + of).encode()).hexdigest()[:12]}"
+        folder = (base or user_cache()) / f"{readable}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / _MARK, f"{url}\n".encode(), force=False)
         _marked.cache_clear()
@@ -160,9 +156,9 @@ class Remote:
         for path in there.keys() - set(here):
             self.delete(self.folder / path)
 
-    def bring_commits(self) -> None:
-        """Bring the commit records here that are there and not here."""
-        names = [name for name, _ in self._list() if "commits/" in name and _is_metadata(name)]
+    def bring_pieces(self) -> None:
+        """Bring the files of finished parts here that are there and not here."""
+        names = [name for name, _ in self._list() if _PIECES.fullmatch(name) and _is_metadata(name)]
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             list(pool.map(self._download, [name for name in names if not (self.folder / name).is_file()]))
 
@@ -330,7 +326,7 @@ class Remote:
 
 
 def _is_metadata(name: str) -> bool:
-    return bool(_OURS.fullmatch(name)) and not _CHUNK.fullmatch(name)
+    return bool(_OURS.fullmatch(name)) and not _CHUNK.fullmatch(name) and ".." not in name.split("/")
 
 
 def _explain(url: str, error: Exception) -> NoReturn:
@@ -341,7 +337,10 @@ def _explain(url: str, error: Exception) -> NoReturn:
     ) from error
 
 
-def _user_cache() -> Path:
+def user_cache() -> Path:
+    """Return where folders in front of object stores are: `$ACTPIPE_CACHE`, or in the user's cache."""
+    if chosen := os.environ.get("ACTPIPE_CACHE"):
+        return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME", "") or Path.home() / ".cache") / "actpipe"
 
 

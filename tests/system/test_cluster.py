@@ -1,0 +1,237 @@
+"""On a cluster a run has the bytes of one process, whatever becomes of the workers."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from processes import (
+    LOCAL,
+    end_of,
+    ended_at_last,
+    finish,
+    make_long_recipe,
+    start,
+    start_process,
+    wait_for,
+    wait_for_commits,
+    workers_of,
+    write_recipe,
+)
+from support import all_bytes
+
+from actpipe.stores.layout import RunFolder
+from actpipe.stores.verifying import find_problems
+
+DASK = Path(sys.executable).with_name("dask")
+MORE_STAGES = [
+    {
+        "stage": "reduce_activations",
+        "name": "sums",
+        "hooks": ["blocks.*.hook_resid_post"],
+        "statistics": ["mean", "variance"],
+        "rows_per_part": 4096,
+    },
+    {
+        "stage": "generate_text",
+        "corpus": "told",
+        "max_new_tokens": 2,
+        "prompt_tokens_per_part": 8192,
+        "batch_tokens": 4096,
+    },
+    {"stage": "extract_activations", "corpus": "told", "hooks": ["blocks.0.hook_resid_post"], "rows_per_part": 16384},
+]
+
+
+@pytest.fixture(scope="module")
+def by_one_process(tmp_path_factory):
+    """The files of a run by one process."""
+    folder = tmp_path_factory.mktemp("by_one")
+    finish(write_recipe(make_long_recipe(), folder / "recipe.yaml"), folder / "run")
+    return all_bytes(folder / "run")
+
+
+def events(out, kind):
+    lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+    return [line for line in lines if line["event"] == kind]
+
+
+def begin(tmp_path, *, commits=3, **engine):
+    """Start a run on a cluster; return it with its recipe and folder once it has committed some parts."""
+    recipe = write_recipe(make_long_recipe(**(engine or LOCAL)), tmp_path / "recipe.yaml")
+    process = start(recipe, tmp_path / "run")
+    wait_for_commits(process, tmp_path / "run", commits)
+    return process, recipe, tmp_path / "run"
+
+
+def test_two_workers_write_what_one_process_writes_in_every_stage(tmp_path):
+    recipes = {name: make_long_recipe(16, **engine) for name, engine in {"one": {}, "two": LOCAL}.items()}
+    for name, recipe in recipes.items():
+        recipe["stages"] += MORE_STAGES
+        finish(write_recipe(recipe, tmp_path / f"{name}.yaml"), tmp_path / name)
+    one, two = all_bytes(tmp_path / "one"), all_bytes(tmp_path / "two")
+    assert two == one
+    assert {"results/sums.json", "corpora/told/commits/tokens.json"} <= two.keys()
+
+
+def test_a_killed_worker_costs_no_more_than_the_parts_that_it_was_at_work_on(tmp_path, by_one_process):
+    process, _, out = begin(tmp_path)
+    workers_of(process)[0].kill()
+    end_of(process)
+    assert all_bytes(out) == by_one_process
+    assert find_problems(RunFolder(out)) == []
+    assert events(out, "retry")
+
+
+FAILING = """
+import errno, os, pathlib
+take_room, times = os.posix_fallocate, pathlib.Path(os.environ["FAIL_TIMES"])
+def fail_first(*arguments):
+    for left in sorted(times.glob("*")):
+        left.unlink()
+        raise OSError(errno.ESTALE, "the file server is away")
+    return take_room(*arguments)
+os.posix_fallocate = fail_first
+"""
+
+
+@pytest.fixture
+def failing(tmp_path):
+    """Return a function that makes the next writes of whoever has the environment that it returns fail."""
+
+    def fail(times):
+        site, left = tmp_path / "site", tmp_path / "left"
+        for folder in (site, left):
+            folder.mkdir(exist_ok=True)
+        (site / "sitecustomize.py").write_text(FAILING)
+        for number in range(times):
+            (left / f"{number:03d}").touch()
+        return {"PYTHONPATH": str(site), "FAIL_TIMES": str(left)}
+
+    return fail
+
+
+def test_what_fails_on_a_worker_is_done_again(tmp_path, by_one_process, failing):
+    recipe = write_recipe(make_long_recipe(**LOCAL), tmp_path / "recipe.yaml")
+    finish(recipe, tmp_path / "run", **failing(1))
+    assert all_bytes(tmp_path / "run") == by_one_process
+    assert "the file server is away" in events(tmp_path / "run", "retry")[0]["message"]
+
+
+def test_what_fails_again_and_again_ends_the_run_with_its_part_and_its_error(tmp_path, by_one_process, failing):
+    recipe = write_recipe(make_long_recipe(**LOCAL, retries=1), tmp_path / "recipe.yaml")
+    output = finish(recipe, tmp_path / "run", 1, **failing(200))
+    assert re.search(
+        r"error: tokens [\d,]+ to [\d,]+ \(part \d+\) failed 2 times, the last time with OSError: .*the file server is "
+        "away; what is committed stays valid, the same command continues",
+        output,
+    )
+    assert "Traceback" not in output
+    assert not list((tmp_path / "run/.partial").glob("*"))
+    finish(recipe, tmp_path / "run")
+    assert all_bytes(tmp_path / "run") == by_one_process
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def start_scheduler():
+    """Start `dask scheduler` on a free port of loopback; return it with its address."""
+    port = free_port()
+    command = [str(DASK), "scheduler", "--host", "127.0.0.1", "--port", str(port), "--no-dashboard", "--no-show"]
+    return start_process(command), f"tcp://127.0.0.1:{port}"
+
+
+def start_worker(address, folder, *more, **environment):
+    """Start a `dask worker` in one process, without a nanny."""
+    command = [str(DASK), "worker", address, "--nthreads", "2", "--no-nanny", "--no-dashboard"]
+    return start_process([*command, "--local-directory", str(folder), "--memory-limit", "0", *more], **environment)
+
+
+def test_workers_may_come_and_go_and_so_may_the_scheduler(tmp_path, by_one_process):
+    scheduler, address = start_scheduler()
+    first = start_worker(address, tmp_path / "scratch")
+    with ended_at_last(scheduler, first):
+        process, recipe, out = begin(tmp_path, commits=1, scheduler=address)
+        second = start_worker(address, tmp_path / "scratch")
+        with ended_at_last(process, second):
+            wait_for(lambda: "Registered to" in second.stdout.readline(), process, second)
+            first.kill()
+            first.wait()
+            wait_for_commits(process, out, len(list((out / "commits").glob("part-*.json"))) + 3)
+            scheduler.kill()
+            output = end_of(process, 1)
+    assert "the scheduler of the cluster is gone; what is committed stays valid" in output
+    assert "Traceback" not in output
+
+    finish(write_recipe(make_long_recipe(workers=1, threads=1), recipe), out)
+    assert all_bytes(out) == by_one_process
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_asked_to_end_it_ends_in_order_and_continues(tmp_path, by_one_process, number, code):
+    process, recipe, out = begin(tmp_path)
+    process.send_signal(number)
+    output = end_of(process, code)
+    assert "the same command continues" in output
+    assert "Traceback" not in output
+    assert not list((out / ".partial").glob("*"))
+    finish(write_recipe(make_long_recipe(), recipe), out)
+    assert all_bytes(out) == by_one_process
+
+
+COMMIT = """
+import sys
+from pathlib import Path
+import numpy as np
+from actpipe.records import Part
+from actpipe.stores.layout import RunFolder
+from actpipe.stores.writing import PartWriter, read_manifest
+folder = RunFolder(Path(sys.argv[1]))
+manifest = read_manifest(folder)
+writer = PartWriter(folder, manifest, Part(0, 0, manifest.rows_per_part), fsync="commit")
+for array in manifest.arrays:
+    rows = np.full((manifest.rows_per_part, *array.row_shape), int(sys.argv[2])).astype(array.dtype)
+    writer.write(array.path, 0, rows)
+print("ready", flush=True)
+sys.stdin.readline()
+writer.commit()
+"""
+
+
+def test_of_two_commits_of_one_part_the_first_counts_and_its_files_are_whole(tmp_path):
+    recipe = make_long_recipe(4)
+    recipe["stages"][1]["hooks"] = [
+        f"blocks.{layer}.{hook}" for layer in (0, 1) for hook in ("hook_resid_post", "hook_mlp_out")
+    ]
+    out = tmp_path / "run"
+    finish(write_recipe(recipe, tmp_path / "recipe.yaml"), out)
+    for _ in range(3):
+        (out / "commits/part-00000000.json").unlink()
+        both = [
+            subprocess.Popen(
+                [sys.executable, "-c", COMMIT, str(out), str(number)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for number in (1, 2)
+        ]
+        assert [process.stdout.readline() for process in both] == ["ready\n"] * 2
+        for process in both:
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        assert [process.wait(timeout=60) for process in both] == [0, 0]
+        for process in both:
+            process.communicate()
+        assert find_problems(RunFolder(out)) == []
+        assert not list((out / ".partial").glob("part-*"))
