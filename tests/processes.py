@@ -14,14 +14,14 @@ from typing import Any
 
 import psutil
 from ruamel.yaml import YAML
-from support import SPEECHES, make_recipe
+from support import ROOT, SPEECHES, make_recipe
 
 PATIENCE = 240
 """Seconds after which a process that should have ended counts as hanging."""
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
-def make_long_recipe(n_parts: int = 64, **engine: Any) -> dict[str, Any]:
+def make_long_recipe(n_parts: int = 48, **engine: Any) -> dict[str, Any]:
     """Return a recipe of so many parts; with settings of the engine, two workers with one thread each do them."""
     recipe = make_recipe(SPEECHES, hooks=["blocks.*.hook_resid_post", "blocks.0.attn.hook_pattern"], metrics=["loss"])
     recipe["stages"][0] |= {"max_tokens": 512 * n_parts, "context_length": 64}
@@ -32,6 +32,29 @@ def make_long_recipe(n_parts: int = 64, **engine: Any) -> dict[str, Any]:
 
 
 LOCAL = {"workers": 2, "threads": 1}
+
+
+class Faults:
+    """What goes wrong on workers that have `environment`, as tests/faulty/sitecustomize.py has it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        (folder / "fail").mkdir(parents=True)
+        self.environment = {"PYTHONPATH": str(ROOT / "tests" / "faulty"), "FAULTS": str(folder)}
+
+    def fail(self, times: int) -> None:
+        """Let so many parts fail."""
+        for number in range(times):
+            (self._folder / "fail" / f"{number:03d}").touch()
+
+    def stop_at(self, n_commits: int, out: Path) -> None:
+        """Let no worker begin a part once so many are committed."""
+        (self._folder / "gate.new").write_text(f"{n_commits} {out / 'commits'}")
+        (self._folder / "gate.new").rename(self._folder / "gate")
+
+    def go_on(self) -> None:
+        """Let workers begin parts again."""
+        (self._folder / "gate").unlink()
 
 
 def write_recipe(recipe: dict[str, Any], path: Path) -> Path:

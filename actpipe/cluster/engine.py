@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import queue
 import time
+import traceback
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -273,7 +274,8 @@ class _Watch:
         if _is_final(error):
             raise error
         self._telemetry.count("retries", 1)
-        self._telemetry.event("retry", key=key, error=type(error).__name__, message=str(error))
+        trace = "".join(traceback.format_exception(error))
+        self._telemetry.event("retry", key=key, error=type(error).__name__, message=str(error), traceback=trace)
         part = self._ledger.fail(key, _said(error))
         if part is not None:
             self._submit(part)

@@ -93,7 +93,7 @@ def _local(config: EngineConfig, scratch: str) -> Any:
         worker_dashboard_address=None,
         memory_limit=config.memory or 0,
         local_directory=scratch,
-        silence_logs=logging.ERROR,
+        silence_logs=logging.CRITICAL,
         env=environment,
     )
     for number in range(n_workers):

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from processes import (
     LOCAL,
+    Faults,
     end_of,
     ended_at_last,
     finish,
@@ -62,12 +63,18 @@ def events(out, kind):
     return [line for line in lines if line["event"] == kind]
 
 
-def begin(tmp_path, *, commits=3, **engine):
-    """Start a run on a cluster; return it with its recipe and folder once it has committed some parts."""
-    recipe = write_recipe(make_long_recipe(**(engine or LOCAL)), tmp_path / "recipe.yaml")
-    process = start(recipe, tmp_path / "run")
-    wait_for_commits(process, tmp_path / "run", commits)
-    return process, recipe, tmp_path / "run"
+@pytest.fixture
+def faults(tmp_path):
+    return Faults(tmp_path / "faults")
+
+
+def begin(tmp_path, faults, **engine):
+    """Start a run on a cluster; return it with its recipe and folder once its workers wait in the midst of it."""
+    recipe, out = write_recipe(make_long_recipe(**(engine or LOCAL)), tmp_path / "recipe.yaml"), tmp_path / "run"
+    faults.stop_at(5, out)
+    process = start(recipe, out, **faults.environment)
+    wait_for_commits(process, out, 5)
+    return process, recipe, out
 
 
 def test_two_workers_write_what_one_process_writes_in_every_stage(tmp_path):
@@ -80,53 +87,28 @@ def test_two_workers_write_what_one_process_writes_in_every_stage(tmp_path):
     assert {"results/sums.json", "corpora/told/commits/tokens.json"} <= two.keys()
 
 
-def test_a_killed_worker_costs_no_more_than_the_parts_that_it_was_at_work_on(tmp_path, by_one_process):
-    process, _, out = begin(tmp_path)
+def test_a_killed_worker_costs_no_more_than_the_parts_that_it_was_at_work_on(tmp_path, by_one_process, faults):
+    process, _, out = begin(tmp_path, faults)
     workers_of(process)[0].kill()
+    faults.go_on()
     end_of(process)
     assert all_bytes(out) == by_one_process
     assert find_problems(RunFolder(out)) == []
     assert events(out, "retry")
 
 
-FAILING = """
-import errno, os, pathlib
-take_room, times = os.posix_fallocate, pathlib.Path(os.environ["FAIL_TIMES"])
-def fail_first(*arguments):
-    for left in sorted(times.glob("*")):
-        left.unlink()
-        raise OSError(errno.ESTALE, "the file server is away")
-    return take_room(*arguments)
-os.posix_fallocate = fail_first
-"""
-
-
-@pytest.fixture
-def failing(tmp_path):
-    """Return a function that makes the next writes of whoever has the environment that it returns fail."""
-
-    def fail(times):
-        site, left = tmp_path / "site", tmp_path / "left"
-        for folder in (site, left):
-            folder.mkdir(exist_ok=True)
-        (site / "sitecustomize.py").write_text(FAILING)
-        for number in range(times):
-            (left / f"{number:03d}").touch()
-        return {"PYTHONPATH": str(site), "FAIL_TIMES": str(left)}
-
-    return fail
-
-
-def test_what_fails_on_a_worker_is_done_again(tmp_path, by_one_process, failing):
+def test_what_fails_on_a_worker_is_done_again(tmp_path, by_one_process, faults):
     recipe = write_recipe(make_long_recipe(**LOCAL), tmp_path / "recipe.yaml")
-    finish(recipe, tmp_path / "run", **failing(1))
+    faults.fail(1)
+    finish(recipe, tmp_path / "run", **faults.environment)
     assert all_bytes(tmp_path / "run") == by_one_process
     assert "the file server is away" in events(tmp_path / "run", "retry")[0]["message"]
 
 
-def test_what_fails_again_and_again_ends_the_run_with_its_part_and_its_error(tmp_path, by_one_process, failing):
+def test_what_fails_again_and_again_ends_the_run_with_its_part_and_its_error(tmp_path, by_one_process, faults):
     recipe = write_recipe(make_long_recipe(**LOCAL, retries=1), tmp_path / "recipe.yaml")
-    output = finish(recipe, tmp_path / "run", 1, **failing(200))
+    faults.fail(200)
+    output = finish(recipe, tmp_path / "run", 1, **faults.environment)
     assert re.search(
         r"error: tokens [\d,]+ to [\d,]+ \(part \d+\) failed 2 times, the last time with OSError: .*the file server is "
         "away; what is committed stays valid, the same command continues",
@@ -157,17 +139,17 @@ def start_worker(address, folder, *more, **environment):
     return start_process([*command, "--local-directory", str(folder), "--memory-limit", "0", *more], **environment)
 
 
-def test_workers_may_come_and_go_and_so_may_the_scheduler(tmp_path, by_one_process):
+def test_workers_may_come_and_go_and_so_may_the_scheduler(tmp_path, by_one_process, faults):
     scheduler, address = start_scheduler()
-    first = start_worker(address, tmp_path / "scratch")
+    first = start_worker(address, tmp_path / "scratch", **faults.environment)
     with ended_at_last(scheduler, first):
-        process, recipe, out = begin(tmp_path, commits=1, scheduler=address)
-        second = start_worker(address, tmp_path / "scratch")
+        process, recipe, out = begin(tmp_path, faults, scheduler=address)
+        second = start_worker(address, tmp_path / "scratch", **faults.environment)
         with ended_at_last(process, second):
             wait_for(lambda: "Registered to" in second.stdout.readline(), process, second)
             first.kill()
-            first.wait()
-            wait_for_commits(process, out, len(list((out / "commits").glob("part-*.json"))) + 3)
+            faults.stop_at(12, out)
+            wait_for_commits(process, out, 12)
             scheduler.kill()
             output = end_of(process, 1)
     assert "the scheduler of the cluster is gone; what is committed stays valid" in output
@@ -178,9 +160,10 @@ def test_workers_may_come_and_go_and_so_may_the_scheduler(tmp_path, by_one_proce
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_asked_to_end_it_ends_in_order_and_continues(tmp_path, by_one_process, number, code):
-    process, recipe, out = begin(tmp_path)
+def test_asked_to_end_it_ends_in_order_and_continues(tmp_path, by_one_process, faults, number, code):
+    process, recipe, out = begin(tmp_path, faults)
     process.send_signal(number)
+    faults.go_on()
     output = end_of(process, code)
     assert "the same command continues" in output
     assert "Traceback" not in output
