@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ import psutil
 from ruamel.yaml import YAML
 from support import ROOT, SPEECHES, make_recipe
 
+DASK = Path(sys.executable).with_name("dask")
 PATIENCE = 240
 """Seconds after which a process that should have ended counts as hanging."""
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
@@ -150,3 +152,32 @@ def ended_at_last(*processes: subprocess.Popen[str]) -> Iterator[None]:
     finally:
         for process in processes:
             kill_group(process)
+
+
+def free_port() -> int:
+    """Return a port of loopback that no one listens on."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def start_scheduler(protocol: str = "tcp", **environment: str) -> tuple[subprocess.Popen[str], str]:
+    """Start `dask scheduler` on a free port of loopback; return it with its address."""
+    port = free_port()
+    command = [
+        str(DASK),
+        "scheduler",
+        "--host",
+        f"{protocol}://127.0.0.1",
+        "--port",
+        str(port),
+        "--no-dashboard",
+        "--no-show",
+    ]
+    return start_process(command, **environment), f"{protocol}://127.0.0.1:{port}"
+
+
+def start_worker(address: str, folder: Path, *more: str, **environment: str) -> subprocess.Popen[str]:
+    """Start a `dask worker` in one process, without a nanny."""
+    command = [str(DASK), "worker", address, "--nthreads", "2", "--no-nanny", "--no-dashboard"]
+    return start_process([*command, "--local-directory", str(folder), "--memory-limit", "0", *more], **environment)

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import re
 import signal
-import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from processes import (
@@ -19,7 +17,8 @@ from processes import (
     finish,
     make_long_recipe,
     start,
-    start_process,
+    start_scheduler,
+    start_worker,
     wait_for,
     wait_for_commits,
     workers_of,
@@ -30,7 +29,6 @@ from support import all_bytes
 from actpipe.stores.layout import RunFolder
 from actpipe.stores.verifying import find_problems
 
-DASK = Path(sys.executable).with_name("dask")
 MORE_STAGES = [
     {
         "stage": "reduce_activations",
@@ -118,25 +116,6 @@ def test_what_fails_again_and_again_ends_the_run_with_its_part_and_its_error(tmp
     assert not list((tmp_path / "run/.partial").glob("*"))
     finish(recipe, tmp_path / "run")
     assert all_bytes(tmp_path / "run") == by_one_process
-
-
-def free_port():
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
-
-
-def start_scheduler():
-    """Start `dask scheduler` on a free port of loopback; return it with its address."""
-    port = free_port()
-    command = [str(DASK), "scheduler", "--host", "127.0.0.1", "--port", str(port), "--no-dashboard", "--no-show"]
-    return start_process(command), f"tcp://127.0.0.1:{port}"
-
-
-def start_worker(address, folder, *more, **environment):
-    """Start a `dask worker` in one process, without a nanny."""
-    command = [str(DASK), "worker", address, "--nthreads", "2", "--no-nanny", "--no-dashboard"]
-    return start_process([*command, "--local-directory", str(folder), "--memory-limit", "0", *more], **environment)
 
 
 def test_workers_may_come_and_go_and_so_may_the_scheduler(tmp_path, by_one_process, faults):

@@ -12,6 +12,7 @@ import threading
 import numpy as np
 import obstore
 import pytest
+from object_store import objects
 from obstore.store import S3Store
 from rich.console import Console
 from support import TEXTS, all_bytes, make_recipe, run
@@ -30,48 +31,10 @@ QUIET = Telemetry(Console(quiet=True))
 
 
 @pytest.fixture(scope="module")
-def server():
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-
-
-@pytest.fixture
-def bucket(server, monkeypatch, tmp_path):
-    """An empty bucket, as the environment tells of it."""
-    name = f"bucket-{tmp_path.name.replace('_', '-').lower()[:40]}"
-    settings = {
-        "AWS_ENDPOINT": server,
-        "AWS_ACCESS_KEY_ID": "someone",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_REGION": "us-east-1",
-        "AWS_ALLOW_HTTP": "true",
-        "ACTPIPE_CACHE": str(tmp_path / "cache"),
-    }
-    for key, value in settings.items():
-        monkeypatch.setenv(key, value)
-    import boto3
-
-    boto3.client("s3", endpoint_url=server, region_name="us-east-1").create_bucket(Bucket=name)
-    return name
-
-
-@pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     path = tmp_path_factory.mktemp("corpus") / "lines.txt"
     path.write_text("\n".join(TEXTS * 3))
     return path
-
-
-def objects(bucket):
-    """Return what is in the bucket, by name."""
-    store = S3Store(bucket)
-    names = [entry["path"] for page in obstore.list(store) for entry in page]
-    return {name: bytes(obstore.get(store, name).bytes()) for name in names}
 
 
 def forget(url):
