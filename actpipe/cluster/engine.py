@@ -33,6 +33,7 @@ _AHEAD = 4
 """Parts that are handed over for each worker: two at work, two that wait, so that none waits for this process."""
 _ITEMS_AHEAD = 4
 _LEAVE_SECONDS = 10
+_FETCH_SECONDS = 30
 
 
 class DaskEngine:
@@ -261,14 +262,16 @@ class _Watch:
         self._hung.pop(key, None)
         if self._futures.pop(key, None) is None:
             return  # another attempt was first
-        if future.status == "finished":
-            report: Report = future.result()
-            self._sites[report.worker] = report
+        done = _outcome_of(future)
+        if isinstance(done, Report):
+            self._sites[done.worker] = done
             for other in self._ledger.finish(key, time.monotonic()):
                 self._drop(other)
             self._telemetry.count("parts", 1)
             return
-        error = _error_of(future)
+        self._fail(key, done)
+
+    def _fail(self, key: str, error: BaseException) -> None:
         if self._client.status != "running":
             raise _gone()
         if _is_final(error):
@@ -319,13 +322,13 @@ class _Watch:
         self._meter.advance(rows, written)
 
 
-def _error_of(future: Future) -> BaseException:
-    """Return why a task gave nothing."""
+def _outcome_of(future: Future) -> Report | BaseException:
+    """Return what a task gave, or why it gave nothing; what it gave may be lost with its worker."""
     try:
-        error = future.exception(timeout=10)
-    except Exception as other:  # noqa: BLE001 - a lost or cancelled task says so by raising
-        return other
-    return error if error is not None else RuntimeError(f"the task was {future.status}")
+        report: Report = future.result(timeout=_FETCH_SECONDS)
+    except Exception as error:  # noqa: BLE001 - whatever a worker raised
+        return error
+    return report
 
 
 def _said(error: BaseException) -> str:

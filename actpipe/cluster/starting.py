@@ -28,6 +28,7 @@ def connected(config: EngineConfig, telemetry: Telemetry) -> Iterator[Client]:
     Raises:
         ClusterError: There is none at that address, or it cannot be started.
     """
+    logging.getLogger("distributed.client").setLevel(logging.CRITICAL)  # a lost scheduler is a ClusterError
     with ExitStack() as stack:
         stack.enter_context(
             dask.config.set(
