@@ -41,13 +41,19 @@ class Faults:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        (folder / "fail").mkdir(parents=True)
+        for kind in ("fail", "hog"):
+            (folder / kind).mkdir(parents=True)
         self.environment = {"PYTHONPATH": str(ROOT / "tests" / "faulty"), "FAULTS": str(folder)}
 
     def fail(self, times: int) -> None:
         """Let so many parts fail."""
         for number in range(times):
             (self._folder / "fail" / f"{number:03d}").touch()
+
+    def hog(self, times: int, n_bytes: int) -> None:
+        """Let so many parts take so many bytes of memory."""
+        for number in range(times):
+            (self._folder / "hog" / f"{number:03d}").write_text(str(n_bytes))
 
     def stop_at(self, n_commits: int, out: Path) -> None:
         """Let no worker begin a part once so many are committed."""

@@ -1,6 +1,7 @@
 """On the path of a worker, makes it fail and wait where a test says so: in the folder `$FAULTS`.
 
-`fail/*`: as many times as there are files, a part finds the file server away. `gate`: a number and a folder; no
+`fail/*`: as many times as there are files, a part finds the file server away. `hog/*`: as many times, a part takes
+so many bytes of memory as the file says. `gate`: a number and a folder; no
 part is begun while so many commit records are there.
 """
 
@@ -9,6 +10,7 @@ import os
 import time
 from pathlib import Path
 
+hogged = []
 take_room, faults = os.posix_fallocate, Path(os.environ["FAULTS"])
 
 
@@ -26,6 +28,10 @@ def faulty(*arguments):
     for left in sorted((faults / "fail").glob("*")):
         left.unlink()
         raise OSError(errno.ESTALE, "the file server is away")
+    for left in sorted((faults / "hog").glob("*")):
+        n_bytes = int(left.read_text())
+        left.unlink()
+        hogged.append(b"x" * n_bytes)
     return take_room(*arguments)
 
 
