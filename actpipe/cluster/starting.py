@@ -19,6 +19,8 @@ from actpipe.telemetry import Telemetry
 _CONNECT_SECONDS = 30
 _THREADS = 2
 """Tasks that a worker takes at once: one part is computed while another is written."""
+_NOT_FOR_WORKERS = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
+"""What workers on this machine run first: a terminal sends Ctrl-C to them too, and the run ends them in order."""
 
 
 @contextmanager
@@ -96,6 +98,7 @@ def _local(config: EngineConfig, scratch: str) -> Any:
         local_directory=scratch,
         silence_logs=logging.CRITICAL,
         env=environment,
+        preload=[_NOT_FOR_WORKERS],
     )
     for number in range(n_workers):
         mine = devices[number * per_worker % len(devices) :][:per_worker] if devices else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -141,7 +142,10 @@ def test_workers_may_come_and_go_and_so_may_the_scheduler(tmp_path, by_one_proce
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_asked_to_end_it_ends_in_order_and_continues(tmp_path, by_one_process, faults, number, code):
     process, recipe, out = begin(tmp_path, faults)
-    process.send_signal(number)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # as a terminal does it
+    else:
+        process.send_signal(number)
     faults.go_on()
     output = end_of(process, code)
     assert "the same command continues" in output
