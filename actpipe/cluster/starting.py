@@ -53,6 +53,11 @@ def connected(config: EngineConfig, telemetry: Telemetry) -> Iterator[Client]:
 
 
 def _client_of(address: str) -> Client:
+    if address.startswith("tls://") and Security().get_connection_args("client").get("ssl_context") is None:
+        raise ClusterError(
+            f"{address} takes TLS only, and this process has no certificate for it; set "
+            "DASK_DISTRIBUTED__COMM__TLS__CA_FILE, ..._CLIENT__CERT and ..._CLIENT__KEY (docs/security.md)"
+        )
     try:
         return Client(address, timeout=_CONNECT_SECONDS, set_as_default=False)
     except (OSError, ValueError, TimeoutError) as error:

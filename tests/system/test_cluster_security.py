@@ -61,23 +61,27 @@ def test_a_cluster_of_its_own_listens_on_loopback_to_those_with_its_certificate(
         wait_for_commits(process, out, 2)
         pids = {process.pid, *(worker.pid for worker in workers_of(process))}
         addresses = listening(pids)
-        dashboard = {port for _, port in addresses if speaks_http(port)}
+        pages = {address for address in addresses if ask(address, "/health")}
         assert len(pids) == 3
         assert {ip for ip, _ in addresses} == {"127.0.0.1"}
-        assert len(addresses - {("127.0.0.1", port) for port in dashboard}) >= 3
-        assert len(dashboard) <= 1
-        for _, port in addresses:
-            if port not in dashboard:
-                assert is_refused(port, tls=True)
-                assert is_refused(port, tls=False)
+        assert not any(b" 200 " in ask(address, f"/api/v1/{what}") for address in pages for what in COMMANDS)
+        assert len(addresses - pages) >= 3, "the scheduler and two workers"
+        for _, port in addresses - pages:
+            assert is_refused(port, tls=True)
+            assert is_refused(port, tls=False)
 
 
-def speaks_http(port):
-    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
-        connection.sendall(b"GET /health HTTP/1.0\r\n\r\n")
+COMMANDS = ("get_workers", "retire_workers", "adaptive_target")
+
+
+def ask(address, page):
+    """Return the first line of an answer, empty where something else than HTTP is spoken."""
+    with socket.create_connection(address, timeout=30) as connection:
+        connection.sendall(f"GET {page} HTTP/1.0\r\n\r\n".encode())
         with contextlib.suppress(ConnectionResetError):
-            return connection.recv(4) == b"HTTP"
-    return False
+            line = connection.makefile("rb").readline()
+            return line if line.startswith(b"HTTP") else b""
+    return b""
 
 
 def make_authority():
@@ -134,8 +138,7 @@ def test_a_cluster_with_certificates_of_ones_own_works_for_those_who_have_them(t
         finish(recipe, tmp_path / "run", **certificates)
         assert is_refused(int(address.rpartition(":")[2]), tls=True)
         output = finish(recipe, tmp_path / "stranger", 1)
-        assert f"there is no Dask scheduler at {address}" in output
-        assert "TLS" in output
+        assert f"{address} takes TLS only, and this process has no certificate for it" in output
         assert "Traceback" not in output
     finish(write_recipe(make_long_recipe(4), tmp_path / "one.yaml"), tmp_path / "one")
     assert all_bytes(tmp_path / "run") == all_bytes(tmp_path / "one")
