@@ -74,7 +74,7 @@ def torture(tmp_path, *, n_kills, seed, n_parts):
                 killed[what] += 1
                 before = check_meanwhile(out, before, killed)
             if process.poll() is not None:
-                output, _ = process.communicate()
+                output = "" if process.stdout.closed else process.communicate()[0]
                 if process.returncode == 0:  # sooner than it was killed: begin anew, with nothing
                     check(tmp_path, out)
                     out, before = out.with_name(f"run-{killed.total()}"), 0
