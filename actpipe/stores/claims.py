@@ -6,10 +6,12 @@ import errno
 import fcntl
 import os
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from actpipe.errors import StoreMismatchError
 from actpipe.stores.layout import RunFolder
 from actpipe.stores.remote import remote_of
 
@@ -17,17 +19,19 @@ CLAIMS = "claims"
 """File among those on their way whose bytes are locked, one for each part; it stays empty."""
 _ONE_AT_A_TIME = threading.Lock()
 """Locks of the file belong to the process, and go when any of its descriptors is closed."""
+_WAIT_SECONDS = 0.5
 _NO_LOCKS = {errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL}
 
 
 @contextmanager
 def alone_at(folder: RunFolder, part: int) -> Iterator[None]:
-    """Keep all others from committing this part; a process that dies lets go at once.
+    """Keep all others from committing this part.
 
-    On file systems without locks nothing is kept out: then the last of two commits counts, and both have the
-    same bytes where both workers compute alike.
+    A process that dies lets go: on a file system at once, in an object store too where the next one is on the same
+    host, else once its claim has not been touched for some time. On file systems without locks nothing is kept out:
+    then the last of two commits counts, and both have the same bytes where both workers compute alike.
     """
-    with _ONE_AT_A_TIME:
+    with _ONE_AT_A_TIME, _claimed(folder.part_commit(part)):
         folder.partial.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder.partial / CLAIMS, os.O_CREAT | os.O_RDWR, 0o644)
         try:
@@ -39,6 +43,21 @@ def alone_at(folder: RunFolder, part: int) -> Iterator[None]:
             yield
         finally:
             os.close(descriptor)
+
+
+@contextmanager
+def _claimed(record: Path) -> Iterator[None]:
+    """Wait until no one else commits a part in an object store, or the part is committed."""
+    remote = remote_of(record.parent)
+    with ExitStack() as held:
+        while remote is not None and not remote.has(record):
+            try:
+                held.enter_context(remote.claim_of(record).held())
+            except (StoreMismatchError, FileNotFoundError):  # someone else is at it, or has just been
+                time.sleep(_WAIT_SECONDS)
+            else:
+                break
+        yield
 
 
 def is_committed(record: Path) -> bool:

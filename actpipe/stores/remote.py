@@ -38,6 +38,7 @@ _OURS = re.compile(
 """What a run has beside chunks, and what is copied: no files on their way, and no locks."""
 _PIECES = re.compile(r"(corpora/[^/]+/)?(commits|reductions|continuations)/.+")
 """What the workers of a cluster add, each file once."""
+_CLAIM = re.compile(r"(corpora/[^/]+/)?commits/\.part-.+")
 _MARK = ".remote"
 _AT_ONCE = 8
 _PIECE_BYTES = 8 * 2**20
@@ -244,7 +245,19 @@ class Remote:
             raise StorageError(f"{self.url} can be read only; give --out a folder, or a URL of s3, gs or az")
         self._refuse_foreign()
         with RemoteLock(self.url, self._objects, self._trouble_explained).held():
+            self._forget_claims()
             yield
+            self._forget_claims()
+
+    def claim_of(self, record: Path) -> RemoteLock:
+        """Return the lock that whoever commits a record takes, on whatever host."""
+        hidden = record.with_name(f".{record.name}")
+        return RemoteLock(self.url, self._objects, self._trouble_explained, self._name(hidden))
+
+    def _forget_claims(self) -> None:
+        """Remove the claims of workers that are dead, or not needed any more."""
+        for name in [name for name, _ in self._list() if _CLAIM.fullmatch(name)]:
+            self.delete(self.folder / name)
 
     def _refuse_foreign(self) -> None:
         """Keep out of places that hold something else."""
@@ -317,9 +330,7 @@ class Remote:
             raise StorageError(f"{self.url} needs `pip install 'actpipe[remote]'`") from error
         try:
             yield
-        except (obstore.exceptions.AlreadyExistsError, obstore.exceptions.PreconditionError):
-            raise
-        except FileNotFoundError:
+        except (obstore.exceptions.AlreadyExistsError, obstore.exceptions.PreconditionError, FileNotFoundError):
             raise
         except obstore.exceptions.BaseError as error:
             _explain(self.url, error)
@@ -339,9 +350,8 @@ def _explain(url: str, error: Exception) -> NoReturn:
 
 def user_cache() -> Path:
     """Return where folders in front of object stores are: `$ACTPIPE_CACHE`, or in the user's cache."""
-    if chosen := os.environ.get("ACTPIPE_CACHE"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME", "") or Path.home() / ".cache") / "actpipe"
+    usual = Path(os.environ.get("XDG_CACHE_HOME", "") or Path.home() / ".cache") / "actpipe"
+    return Path(os.environ.get("ACTPIPE_CACHE") or usual)
 
 
 def publish(paths: Iterable[Path]) -> None:

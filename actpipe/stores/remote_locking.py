@@ -18,17 +18,19 @@ LOCK_NAME = ".lock"
 
 @dataclass(frozen=True)
 class RemoteLock:
-    """The lock of a run in an object store, as `locking.only_run_in` has one on a file system."""
+    """The lock of a run in an object store, as `locking.only_run_in` has one on a file system; or of one part."""
 
     url: str
     objects: Any
     """The run's place, as obstore opens it."""
     explained: Callable[[], AbstractContextManager[None]]
     """Within, trouble with the object store becomes a StorageError."""
+    name: str = LOCK_NAME
+    """Of the lock object."""
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Keep other runs out, on whatever host.
+        """Keep others out, on whatever host.
 
         Raises:
             StoreMismatchError: Another process is at work there; says which.
@@ -52,7 +54,7 @@ class RemoteLock:
             try:
                 self._put(owner, mode="create")
             except (obstore.exceptions.AlreadyExistsError, obstore.exceptions.PreconditionError):
-                held, other = obstore.head(self.objects, LOCK_NAME), self._owner()
+                held, other = obstore.head(self.objects, self.name), self._owner()
                 if other is not None and self._is_alive(other, held):
                     raise StoreMismatchError(
                         f"{self.url} is in use by {other}; wait for it to end, or choose another place with --out"
@@ -68,7 +70,7 @@ class RemoteLock:
         running = is_running_here(other)
         if running is not None:
             return running
-        probe = f"{LOCK_NAME}-{os.getpid()}"
+        probe = f"{self.name}-{os.getpid()}"
         obstore.put(self.objects, probe, b"")
         now = obstore.head(self.objects, probe)["last_modified"]
         obstore.delete(self.objects, probe)
@@ -78,19 +80,19 @@ class RemoteLock:
         import obstore
 
         with suppress(FileNotFoundError, ValueError, TypeError), self.explained():
-            return Owner(**json.loads(bytes(obstore.get(self.objects, LOCK_NAME).bytes())))
+            return Owner(**json.loads(bytes(obstore.get(self.objects, self.name).bytes())))
         return None
 
     def _put(self, owner: Owner, mode: Literal["create", "overwrite"] = "overwrite") -> None:
         import obstore
 
-        obstore.put(self.objects, LOCK_NAME, json.dumps(asdict(owner)).encode(), mode=mode)
+        obstore.put(self.objects, self.name, json.dumps(asdict(owner)).encode(), mode=mode)
 
     def _delete(self) -> None:
         import obstore
 
         with suppress(FileNotFoundError), self.explained():
-            obstore.delete(self.objects, LOCK_NAME)
+            obstore.delete(self.objects, self.name)
 
     def _beat(self, owner: Owner, ended: threading.Event) -> None:
         """Write the lock anew until the run ends; one that another run has taken over is left alone."""

@@ -9,7 +9,10 @@ import signal
 import subprocess
 import sys
 
+import obstore
 import pytest
+from object_store import objects
+from obstore.store import S3Store
 from processes import (
     LOCAL,
     Faults,
@@ -25,8 +28,9 @@ from processes import (
     workers_of,
     write_recipe,
 )
-from support import all_bytes
+from support import all_bytes, make_recipe, run
 
+from actpipe.describing import verify_run
 from actpipe.stores.layout import RunFolder
 from actpipe.stores.verifying import find_problems
 
@@ -157,12 +161,14 @@ def test_asked_to_end_it_ends_in_order_and_continues(tmp_path, by_one_process, f
 
 COMMIT = """
 import sys
-from pathlib import Path
 import numpy as np
 from actpipe.records import Part
 from actpipe.stores.layout import RunFolder
+from actpipe.stores.remote import fetch_all
+from actpipe.stores.worker_fronts import front_of_worker
 from actpipe.stores.writing import PartWriter, read_manifest
-folder = RunFolder(Path(sys.argv[1]))
+folder = RunFolder(front_of_worker(sys.argv[1]))
+fetch_all(folder.root)
 manifest = read_manifest(folder)
 writer = PartWriter(folder, manifest, Part(0, 0, manifest.rows_per_part), fsync="commit")
 for array in manifest.arrays:
@@ -174,6 +180,36 @@ writer.commit()
 """
 
 
+def commit_twice(run):
+    """Let two processes, which share no folder where the run is in an object store, commit part 0 at the same time."""
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", COMMIT, str(run), str(number)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for number in (1, 2)
+    ]
+    assert [process.stdout.readline() for process in both] == ["ready\n"] * 2
+    for process in both:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    assert [process.wait(timeout=60) for process in both] == [0, 0]
+    for process in both:
+        process.communicate()
+
+
+def test_of_two_commits_in_an_object_store_the_first_counts_and_its_files_are_whole(bucket, corpus):
+    url = f"s3://{bucket}/run"
+    run(make_recipe(corpus), url)
+    for _ in range(2):
+        obstore.delete(S3Store(bucket), "run/commits/part-00000000.json")
+        commit_twice(url)
+        assert verify_run(url)[0] == []
+    assert not [name for name in objects(bucket) if "/." in name]
+
+
 def test_of_two_commits_of_one_part_the_first_counts_and_its_files_are_whole(tmp_path):
     recipe = make_long_recipe(4)
     recipe["stages"][1]["hooks"] = [
@@ -183,21 +219,6 @@ def test_of_two_commits_of_one_part_the_first_counts_and_its_files_are_whole(tmp
     finish(write_recipe(recipe, tmp_path / "recipe.yaml"), out)
     for _ in range(3):
         (out / "commits/part-00000000.json").unlink()
-        both = [
-            subprocess.Popen(
-                [sys.executable, "-c", COMMIT, str(out), str(number)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            for number in (1, 2)
-        ]
-        assert [process.stdout.readline() for process in both] == ["ready\n"] * 2
-        for process in both:
-            process.stdin.write("go\n")
-            process.stdin.flush()
-        assert [process.wait(timeout=60) for process in both] == [0, 0]
-        for process in both:
-            process.communicate()
+        commit_twice(out)
         assert find_problems(RunFolder(out)) == []
         assert not list((out / ".partial").glob("part-*"))
