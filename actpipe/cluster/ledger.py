@@ -13,7 +13,7 @@ _MEDIAN_OF = 101
 """How many of the last parts tell what is usual."""
 _FEWEST = 3
 """Parts that must be done before any other counts as slow."""
-_MOST_LOST = 20
+_MOST_LOST = 8
 """How often a part may be lost with a worker that had not begun it, before that counts as a failure of its own."""
 
 
