@@ -92,7 +92,11 @@ def start_process(command: list[str], **environment: str) -> subprocess.Popen[st
 
 def end_of(process: subprocess.Popen[str], code: int = 0) -> str:
     """Wait for the end of a process, and return what it said."""
-    output, _ = process.communicate(timeout=PATIENCE)
+    try:
+        output, _ = process.communicate(timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        kill_group(process)
+        raise
     assert process.returncode == code, output
     return output
 

@@ -31,6 +31,7 @@ def faulty(*arguments):
     for left in sorted((faults / "hog").glob("*")):
         n_bytes = int(left.read_text())
         left.unlink()
+        time.sleep(0.3)  # what the worker has said of this part is on its way
         hogged.append(b"x" * n_bytes)
     return take_room(*arguments)
 

@@ -74,7 +74,7 @@ def test_a_disk_that_is_full_on_a_worker_ends_the_run_and_it_continues_once_ther
         subprocess.run(["umount", "--lazy", disk], check=True)
 
 
-MEMORY = {"memory": "1500MB", "retries": 1}
+MEMORY = {"memory": "1500MB"}
 
 
 def test_a_worker_out_of_memory_is_ended_and_its_parts_are_done_again(tmp_path, by_one_process, faults):
@@ -86,10 +86,10 @@ def test_a_worker_out_of_memory_is_ended_and_its_parts_are_done_again(tmp_path, 
 
 
 def test_a_part_for_which_no_worker_has_memory_is_named(tmp_path, faults):
-    recipe = write_recipe(make_long_recipe(**LOCAL, **MEMORY), tmp_path / "recipe.yaml")
+    recipe = write_recipe(make_long_recipe(**LOCAL, **MEMORY, retries=0), tmp_path / "recipe.yaml")
     faults.hog(100, 2 * 10**9)
     output = finish(recipe, tmp_path / "run", 1, **faults.environment)
-    assert re.search(r"\(part \d+\) failed 2 times, the last time with the worker at \S+ ended .*out of memory", output)
+    assert re.search(r"\(part \d+\) failed 1 times, the last time with the worker at \S+ ended .*out of memory", output)
     assert "Traceback" not in output
     assert {problem.remedy for problem in find_problems(RunFolder(tmp_path / "run"))} == {Remedy.RESUME}
 
