@@ -92,8 +92,8 @@ class DaskEngine:
                 if _is_final(error):
                     raise
                 if not tries_left:
-                    n_tries = self._config.retries + 1
-                    raise ClusterError(f"an item failed {n_tries} times, the last time with {_said(error)}") from error
+                    n_tries = _times(self._config.retries + 1)
+                    raise ClusterError(f"an item failed {n_tries}, at last with {_said(error)}") from error
                 future.cancel()
                 future = submit()
         raise AssertionError("the last try returns or raises")
@@ -208,8 +208,8 @@ class _Watch:
         except RetriesExhausted as failed:
             raise ClusterError(
                 f"tokens {failed.part.row_start:,} to {failed.part.row_stop:,} (part {failed.part.index}) failed "
-                f"{len(failed.reasons)} times, the last time with {failed.reasons[-1]}; what is committed stays valid, "
-                "the same command continues"
+                f"{_times(len(failed.reasons))}, at last with {failed.reasons[-1]}; what is committed stays valid, the "
+                "same command continues"
             ) from None
         finally:
             with suppress(Exception):  # the cluster may be what is gone
@@ -329,6 +329,10 @@ def _outcome_of(future: Future) -> Report | BaseException:
     except Exception as error:  # noqa: BLE001 - whatever a worker raised
         return error
     return report
+
+
+def _times(number: int) -> str:
+    return "once" if number == 1 else f"{number} times"
 
 
 def _said(error: BaseException) -> str:

@@ -113,7 +113,7 @@ def test_what_fails_again_and_again_ends_the_run_with_its_part_and_its_error(tmp
     faults.fail(200)
     output = finish(recipe, tmp_path / "run", 1, **faults.environment)
     assert re.search(
-        r"error: tokens [\d,]+ to [\d,]+ \(part \d+\) failed 2 times, the last time with OSError: .*the file server is "
+        r"error: tokens [\d,]+ to [\d,]+ \(part \d+\) failed 2 times, at last with OSError: .*the file server is "
         "away; what is committed stays valid, the same command continues",
         output,
     )

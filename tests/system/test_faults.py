@@ -89,7 +89,7 @@ def test_a_part_for_which_no_worker_has_memory_is_named(tmp_path, faults):
     recipe = write_recipe(make_long_recipe(**LOCAL, **MEMORY, retries=0), tmp_path / "recipe.yaml")
     faults.hog(100, 2 * 10**9)
     output = finish(recipe, tmp_path / "run", 1, **faults.environment)
-    assert re.search(r"\(part \d+\) failed 1 times, the last time with the worker at \S+ ended .*out of memory", output)
+    assert re.search(r"\(part \d+\) failed once, at last with the worker at \S+ ended .*out of memory", output)
     assert "Traceback" not in output
     assert {problem.remedy for problem in find_problems(RunFolder(tmp_path / "run"))} == {Remedy.RESUME}
 
