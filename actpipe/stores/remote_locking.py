@@ -55,6 +55,8 @@ class RemoteLock:
                 self._put(owner, mode="create")
             except (obstore.exceptions.AlreadyExistsError, obstore.exceptions.PreconditionError):
                 held, other = obstore.head(self.objects, self.name), self._owner()
+                if other == owner:  # the first answer was lost on its way
+                    return
                 if other is not None and self._is_alive(other, held):
                     raise StoreMismatchError(
                         f"{self.url} is in use by {other}; wait for it to end, or choose another place with --out"

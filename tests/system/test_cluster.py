@@ -8,6 +8,8 @@ import re
 import signal
 import subprocess
 import sys
+import time
+from types import SimpleNamespace
 
 import obstore
 import pytest
@@ -31,6 +33,7 @@ from processes import (
 from support import all_bytes, make_recipe, run
 
 from actpipe.describing import verify_run
+from actpipe.stores import claims
 from actpipe.stores.layout import RunFolder
 from actpipe.stores.verifying import find_problems
 
@@ -198,6 +201,30 @@ def commit_twice(run):
     assert [process.wait(timeout=60) for process in both] == [0, 0]
     for process in both:
         process.communicate()
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from actpipe.stores.claims import alone_at
+from actpipe.stores.layout import RunFolder
+with alone_at(RunFolder(Path(sys.argv[1])), 3):
+    print("held", flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_a_commit_that_hangs_is_waited_for_but_not_for_ever_and_those_of_other_parts_are_not(tmp_path, monkeypatch):
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        waits = []
+        monkeypatch.setattr(claims, "time", SimpleNamespace(monotonic=time.monotonic, sleep=waits.append))
+        monkeypatch.setattr(claims, "PATIENCE_SECONDS", 0.2)
+        for part in (2, 3):
+            with claims.alone_at(RunFolder(tmp_path), part):
+                assert bool(waits) == (part == 3)
+        process.kill()
 
 
 def test_of_two_commits_in_an_object_store_the_first_counts_and_its_files_are_whole(bucket, corpus):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import http.client
 import http.server
 import json
 import shutil
@@ -12,7 +11,7 @@ import threading
 import numpy as np
 import obstore
 import pytest
-from object_store import objects
+from object_store import flaky, objects
 from obstore.store import S3Store
 from rich.console import Console
 from support import TEXTS, all_bytes, make_recipe, run
@@ -149,58 +148,17 @@ def test_other_peoples_files_are_left_alone(bucket, corpus):
     assert set(objects(bucket)) == {"run/thesis.tex"}
 
 
-class Flaky(http.server.BaseHTTPRequestHandler):
-    """Passes requests on, answers every fourth with 503 and cuts every seventh off."""
-
-    protocol_version = "HTTP/1.1"
-    n_requests = 0
-    behind = ""
-
-    def pass_on(self):
-        type(self).n_requests += 1
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        if self.n_requests % 7 == 0:
-            self.close_connection = True
-            self.connection.close()
-            return
-        if self.n_requests % 4 == 0:
-            self.send_response(503)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        connection = http.client.HTTPConnection(self.behind.removeprefix("http://"))
-        connection.request(self.command, self.path, body, dict(self.headers))
-        answer = connection.getresponse()
-        data = answer.read()
-        self.send_response(answer.status)
-        for name, value in answer.getheaders():
-            if name.lower() not in ("transfer-encoding", "content-length", "connection"):
-                self.send_header(name, value)
-        length = answer.getheader("Content-Length", "0") if self.command == "HEAD" else str(len(data))
-        self.send_header("Content-Length", length)
-        self.end_headers()
-        self.wfile.write(data)
-
-    do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = pass_on  # noqa: N815 - the names that the library calls
-
-    def log_message(self, *_):
-        pass
-
-
 def test_a_server_that_refuses_and_cuts_off_is_asked_again(server, bucket, corpus, tmp_path, monkeypatch):
-    handler = type("FlakyHere", (Flaky,), {"behind": server})
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as proxy:
-        threading.Thread(target=proxy.serve_forever, daemon=True).start()
-        monkeypatch.setenv("AWS_ENDPOINT", f"http://127.0.0.1:{proxy.server_port}")
+    with flaky(server) as (address, requests):
+        monkeypatch.setenv("AWS_ENDPOINT", address)
         url = f"s3://{bucket}/run"
         run(make_recipe(corpus), url)
         forget(url)
         found = actpipe.open_store(url)[HOOK].compute()
         assert verify_run(url)[0] == []
-        proxy.shutdown()
     run(make_recipe(corpus), tmp_path / "local")
 
-    assert handler.n_requests > 28
+    assert requests() > 28
     np.testing.assert_array_equal(found, actpipe.open_store(tmp_path / "local")[HOOK].compute())
 
 
