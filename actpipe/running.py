@@ -6,7 +6,6 @@ import importlib.metadata
 import io
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,7 +103,6 @@ def run_after(before: Callable[[RunFolder], None], stages: Sequence[Stage], cont
         disk_trouble_explained(folder),
         only_run_in(folder) as is_ours,
         at_work_in(folder.root) as save,
-        closing(context.engine),
     ):
         clear_abandoned(folder)
         try:
@@ -121,6 +119,7 @@ def run_after(before: Callable[[RunFolder], None], stages: Sequence[Stage], cont
                 _write_record(folder, context.recipe, context.spec)
                 save()
         finally:
+            context.engine.close()
             if is_ours():
                 clear_abandoned(folder)
     return RunSummary(folder.root, tuple(context.findings))

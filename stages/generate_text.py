@@ -96,7 +96,9 @@ class GenerateText:
     def open_worker(self, context: RunContext, meter: Meter) -> Iterator[GenerationWorker]:
         """Have the model at hand."""
         prompts = TokenTable(context.folder.corpus(self.config.prompts))
-        yield GenerationWorker(self.config, context.model, prompts, Continuations(context.corpus(self.config)), meter)
+        pieces = Continuations(context.corpus(self.config))
+        pieces.begin()
+        yield GenerationWorker(self.config, context.model, prompts, pieces, meter)
 
     def _manifest(self, prompts: TokenTableManifest, writer: TokenTableWriter) -> TokenTableManifest:
         return TokenTableManifest(

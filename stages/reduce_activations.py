@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from actpipe.reduction_results import reduction_dataset
 from actpipe.stage import RunContext
 from actpipe.stores.claims import BATCH_SIZE, alone_at
 from actpipe.stores.kept_rows import KeptRows
-from actpipe.stores.layout import RunFolder
+from actpipe.stores.layout import RunFolder, take_away
 from actpipe.stores.results import Result, ResultWriter, current_result
 from actpipe.stores.token_table import TokenTable
 from actpipe.stores.writing import missing_parts
@@ -58,7 +57,7 @@ class ReduceActivations:
         if result is None:
             arrays = self._reduce(context)
             result = self._commit(context, ResultWriter(context.corpus(self.config), wanted), arrays)
-            shutil.rmtree(context.corpus(self.config).reductions)
+            take_away(context.corpus(self.config).reductions, context.corpus(self.config))
         context.findings.append(_describe(result))
 
     def _wanted(self, context: RunContext) -> ResultRecord:
@@ -129,12 +128,14 @@ class ReduceActivations:
                 derivations=derivations,
                 note=meter.note,
             )
+        sums = PartialSums(place)
+        sums.begin()
         with ReducingWorker.open(
             self.config,
             context.model,
             tokens,
             self._kept(place),
-            PartialSums(place),
+            sums,
             meter=meter,
             derivations=derivations,
         ) as worker:

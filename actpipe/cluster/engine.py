@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import queue
 import time
+import traceback
 import uuid
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from functools import partial
 from typing import Any
 
-from distributed import Client, Future
+from distributed import Client, Future, KilledWorker
 
 from actpipe.cluster.analysing import OnWorkers
 from actpipe.cluster.ledger import Attempt, Ledger, RetriesExhausted
@@ -24,7 +26,7 @@ from actpipe.records import Part
 from actpipe.schemas.engine import EngineConfig
 from actpipe.stage import DoesParts, MapsItems, RunContext
 from actpipe.stores.layout import WAYS_OUT
-from actpipe.stores.remote import fetch_commits, publish_all, remote_of
+from actpipe.stores.remote import fetch_pieces, publish_all, remote_of
 from actpipe.telemetry import Meter
 
 _LOOK_SECONDS = 0.5
@@ -32,6 +34,8 @@ _LOOK_SECONDS = 0.5
 _AHEAD = 4
 """Parts that are handed over for each worker: two at work, two that wait, so that none waits for this process."""
 _ITEMS_AHEAD = 4
+_LEAVE_SECONDS = 10
+_FETCH_SECONDS = 30
 
 
 class DaskEngine:
@@ -60,26 +64,42 @@ class DaskEngine:
         client = self._ready(context)
         publish_all(context.folder.root)
         with ExitStack() as at_end:
-            at_end.callback(fetch_commits, context.folder.root)
+            at_end.callback(fetch_pieces, context.folder.root)
             _Watch(client, self._config, self._name, self._news, context, meter).do(parts, work)
 
     def map_items(self, items: Iterable[Any], work: MapsItems, context: RunContext) -> Iterator[Any]:
         """Yield what becomes of each item, in the order of the items; some are worked on ahead."""
         client = self._ready(context)
-        under_way: deque[Future] = deque()
+        under_way: deque[tuple[Callable[[], Future], Future]] = deque()
         work_key = uuid.uuid4().hex[:12]
         try:
             for item in items:
                 INTERRUPTION.raise_if_asked()
-                under_way.append(
-                    client.submit(do_item, self._name, work_key, work, item, pure=False, retries=self._config.retries)
-                )
-                if len(under_way) >= _ITEMS_AHEAD * max(1, len(client.nthreads())):
-                    yield under_way.popleft().result()
+                submit = partial(client.submit, do_item, self._name, work_key, work, item, pure=False)
+                under_way.append((submit, submit()))
+                if len(under_way) >= _ITEMS_AHEAD * max(1, len(_workers_of(client))):
+                    yield self._result(client, *under_way.popleft())
             while under_way:
-                yield under_way.popleft().result()
+                yield self._result(client, *under_way.popleft())
         finally:
-            client.cancel(list(under_way))
+            client.cancel([future for _, future in under_way])
+
+    def _result(self, client: Client, submit: Callable[[], Future], future: Future) -> Any:
+        """Return what became of an item; one that was lost, or that a worker sits on for long, is given out again."""
+        for tries_left in range(self._config.retries, -1, -1):
+            try:
+                return future.result(timeout=self._config.slow_seconds if tries_left else None)
+            except Exception as error:
+                if client.status != "running":
+                    raise _gone() from None
+                if _is_final(error):
+                    raise
+                if not tries_left:
+                    n_tries = _times(self._config.retries + 1)
+                    raise ClusterError(f"an item failed {n_tries}, at last with {_said(error)}") from error
+                future.cancel()
+                future = submit()
+        raise AssertionError("the last try returns or raises")
 
     def analysing(self, context: RunContext) -> AbstractContextManager[None]:
         """Within, graphs over the blocks of a store are computed by the workers, or here where they see no store."""
@@ -88,8 +108,11 @@ class DaskEngine:
         return computed_by(OnWorkers(lambda: self._ready(context), self._config.retries))
 
     def close(self) -> None:
-        """Let go of the cluster; one that was started for this run ends."""
-        self._client = None
+        """Let go of the cluster; one that was started for this run ends, others lose this run's models."""
+        client, self._client = self._client, None
+        if client is not None and self._config.scheduler is not None and client.status == "running":
+            with suppress(Exception):  # a worker that hangs is told by whoever comes next
+                client.sync(client._unregister_worker_plugin, self._name, callback_timeout=_LEAVE_SECONDS)
         self._stack.close()
 
     def _ready(self, context: RunContext) -> Client:
@@ -109,6 +132,33 @@ class DaskEngine:
             client.subscribe_topic(self._name, lambda event: self._news.put(("told", event[1])))
             self._client = client
         return self._client
+
+
+def _gone() -> ClusterError:
+    return ClusterError(
+        "the scheduler of the cluster is gone; what is committed stays valid, start the cluster again and give the "
+        "same command"
+    )
+
+
+def _workers_of(client: Client) -> set[str]:
+    """Return the addresses of all workers.
+
+    Raises:
+        ClusterError: There is no one to ask any more.
+    """
+    try:
+        if client.status == "running":
+            return set(client.nthreads())
+    except OSError:  # cut off while it was asked
+        pass
+    raise _gone()
+
+
+async def _restart(client: Client, worker: str) -> None:
+    """Restart a worker; one without a nanny cannot be, and stays as it is."""
+    with suppress(Exception):
+        await client._restart_workers([worker], timeout=_LEAVE_SECONDS, raise_for_error=False)
 
 
 async def _forget_the_dead(dask_scheduler: Any) -> None:
@@ -139,8 +189,8 @@ class _Watch:
         self._meter = meter
         self._work_key = uuid.uuid4().hex[:12]
         self._futures: dict[str, Future] = {}
-        self._hung: dict[str, tuple[Future, float]] = {}
-        """Attempts that are not needed any more and may still hold a worker, and since when."""
+        self._hung: dict[str, tuple[Attempt, Future, float]] = {}
+        """Attempts that are not needed any more and still hold a worker, and since when."""
         self._sites: dict[str, Report] = {}
         self._workers: set[str] = set()
         self._shown_rows = self._shown_bytes = 0
@@ -167,12 +217,12 @@ class _Watch:
         except RetriesExhausted as failed:
             raise ClusterError(
                 f"tokens {failed.part.row_start:,} to {failed.part.row_stop:,} (part {failed.part.index}) failed "
-                f"{len(failed.reasons)} times, the last time with {failed.reasons[-1]}; what is committed stays valid, "
-                "the same command continues"
+                f"{_times(len(failed.reasons))}, at last with {failed.reasons[-1]}; what is committed stays valid, the "
+                "same command continues"
             ) from None
         finally:
             with suppress(Exception):  # the cluster may be what is gone
-                self._client.cancel([*self._futures.values(), *(future for future, _ in self._hung.values())])
+                self._client.cancel([*self._futures.values(), *(future for _, future, _ in self._hung.values())])
 
     def _hand_out(self) -> None:
         if INTERRUPTION.asked:
@@ -186,7 +236,8 @@ class _Watch:
     def _submit(self, part: Part) -> None:
         attempt = self._ledger.hand_over(part, time.monotonic())
         others = sorted(self._workers - self._ledger.workers_to_avoid(part))
-        avoid = {"workers": others} if others and len(others) < len(self._workers) else {}
+        avoided = others and len(others) < len(self._workers)
+        avoid = {"workers": others, "allow_other_workers": True} if avoided else {}
         future = self._client.submit(
             do_part,
             self._name,
@@ -222,39 +273,41 @@ class _Watch:
         self._hung.pop(key, None)
         if self._futures.pop(key, None) is None:
             return  # another attempt was first
-        if future.status == "finished":
-            report: Report = future.result()
-            self._sites[report.worker] = report
+        done = _outcome_of(future)
+        if isinstance(done, Report):
+            self._sites[done.worker] = done
             for other in self._ledger.finish(key, time.monotonic()):
                 self._drop(other)
             return
-        error = _error_of(future)
+        self._fail(key, done)
+
+    def _fail(self, key: str, error: BaseException) -> None:
+        if self._client.status != "running":
+            raise _gone()
         if _is_final(error):
             raise error
-        reason = str(error) or type(error).__name__
-        part = self._ledger.fail(key, f"{type(error).__name__}: {reason.splitlines()[0]}")
         self._telemetry.count("retries", 1)
-        self._telemetry.event("retry", key=key, error=type(error).__name__, message=reason)
+        trace = "".join(traceback.format_exception(error))
+        self._telemetry.event("retry", key=key, error=type(error).__name__, message=str(error), traceback=trace)
+        part = self._ledger.fail(key, _said(error))
         if part is not None:
             self._submit(part)
 
     def _drop(self, attempt: Attempt) -> None:
-        """Let go of an attempt that is not needed any more."""
+        """Let go of an attempt that is not needed any more; one that is begun cannot be stopped."""
         future = self._futures.pop(attempt.key, None)
         if future is None:
             return
-        future.cancel()
-        if attempt.begun is not None and attempt.worker is not None:
-            self._hung[attempt.worker] = (future, time.monotonic())
+        if attempt.begun is None:
+            future.cancel()
+        else:
+            self._hung[attempt.key] = (attempt, future, time.monotonic())
 
     def _look_after(self) -> None:
         """Start slow parts again elsewhere, and restart workers that hang."""
-        if self._client.status not in ("running", "connecting"):
-            raise ClusterError(
-                "the scheduler of the cluster is gone; what is committed stays valid, start the cluster "
-                "again and give the same command"
-            )
-        self._workers = set(self._client.nthreads())
+        before, self._workers = self._workers, _workers_of(self._client)
+        if before and not self._workers:
+            self._telemetry.say("no worker is left; waiting for others, Ctrl-C ends")
         self._telemetry.gauge("workers", len(self._workers))
         self._telemetry.gauge("parts_in_flight", self._ledger.n_under_way)
         now = time.monotonic()
@@ -262,12 +315,11 @@ class _Watch:
             for attempt in self._ledger.slow(now):
                 self._telemetry.event("slow", part=attempt.part.index, worker=attempt.worker)
                 self._submit(attempt.part)
-        for worker, (_, since) in list(self._hung.items()):
+        for key, (attempt, _, since) in list(self._hung.items()):
             if now - since > self._config.slow_seconds:
-                del self._hung[worker]
-                self._telemetry.event("restart", worker=worker)
-                with suppress(Exception):  # one without a nanny cannot be restarted, and stays as it is
-                    self._client.restart_workers([worker], raise_for_error=False)
+                del self._hung[key]
+                self._telemetry.event("restart", worker=attempt.worker)
+                self._client.loop.add_callback(_restart, self._client, attempt.worker)
 
     def _show(self) -> None:
         """Bring the meter up to what is done: whole parts, and what workers tell of those under way."""
@@ -280,13 +332,28 @@ class _Watch:
         self._meter.advance(rows, written)
 
 
-def _error_of(future: Future) -> BaseException:
-    """Return why a task gave nothing."""
+def _outcome_of(future: Future) -> Report | BaseException:
+    """Return what a task gave, or why it gave nothing; what it gave may be lost with its worker."""
     try:
-        error = future.exception(timeout=10)
-    except Exception as other:  # noqa: BLE001 - a lost or cancelled task says so by raising
-        return other
-    return error if error is not None else RuntimeError(f"the task was {future.status}")
+        report: Report = future.result(timeout=_FETCH_SECONDS)
+    except Exception as error:  # noqa: BLE001 - whatever a worker raised
+        return error
+    return report
+
+
+def _times(number: int) -> str:
+    return "once" if number == 1 else f"{number} times"
+
+
+def _said(error: BaseException) -> str:
+    """Return what an error says, in one line."""
+    if isinstance(error, KilledWorker):
+        return (
+            f"the worker at {error.last_worker.address} ended while it was at work on it: killed, or out of memory "
+            "(engine.memory, batch_tokens)"
+        )
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _is_final(error: BaseException) -> bool:

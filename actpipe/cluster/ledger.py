@@ -13,6 +13,8 @@ _MEDIAN_OF = 101
 """How many of the last parts tell what is usual."""
 _FEWEST = 3
 """Parts that must be done before any other counts as slow."""
+_MOST_LOST = 8
+"""How often a part may be lost with a worker that had not begun it, before that counts as a failure of its own."""
 
 
 @dataclass
@@ -35,6 +37,8 @@ class _State:
     part: Part
     attempts: dict[str, Attempt] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
+    n_lost: int = 0
+    """How often it went with a worker that had not begun it."""
     workers: set[str] = field(default_factory=set)
     """Those that failed at it, or are slow with it."""
 
@@ -116,6 +120,8 @@ class Ledger:
     def fail(self, key: str, reason: str) -> Part | None:
         """Note that an attempt has failed, by no fault of the recipe.
 
+        One that no worker had begun was lost with a worker that ended, which says nothing against the part.
+
         Returns:
             The part, where it is to be tried again; None where another attempt at it is under way.
 
@@ -126,7 +132,9 @@ class Ledger:
         if state is None:
             return None
         attempt = state.attempts.pop(key)
-        state.failures.append(reason)
+        state.n_lost += attempt.begun is None
+        if attempt.begun is not None or state.n_lost > _MOST_LOST:
+            state.failures.append(reason)
         if attempt.worker is not None:
             state.workers.add(attempt.worker)
         if len(state.failures) > self._retries:
@@ -152,7 +160,11 @@ class Ledger:
         return set() if state is None else set(state.workers)
 
     def slow(self, now: float) -> list[Attempt]:
-        """Return the attempts that take far longer than is usual, each once."""
+        """Return the attempts that take far longer than is usual, each once.
+
+        One that was never begun waits for a worker that does not answer, whichever that is: no worker counts
+        as one to avoid any more, since the only other one may be the one that it waits for.
+        """
         if len(self._durations) < _FEWEST:
             return []
         limit = max(self._least_seconds, self._factor * statistics.median(self._durations))
@@ -164,6 +176,8 @@ class Ledger:
                 attempt.repeated = True
                 if attempt.worker is not None:
                     state.workers.add(attempt.worker)
+                else:
+                    state.workers.clear()
                 found.append(attempt)
         return found
 

@@ -20,7 +20,8 @@ from actpipe.recipes import RecipeText
 from actpipe.records import Part
 from actpipe.stage import DoesParts, MapsItems, PartWorker, RunContext
 from actpipe.stores.layout import RunFolder
-from actpipe.stores.remote import front_of_worker
+from actpipe.stores.remote import fetch_all
+from actpipe.stores.worker_fronts import forget_front, front_of_worker
 from actpipe.telemetry import Meter, Telemetry
 
 RESOURCE = "GPU"
@@ -74,7 +75,7 @@ class Site(WorkerPlugin):  # type: ignore[misc]
     def teardown(self, worker: Worker) -> None:
         """Take the hooks off; files of unfinished parts are removed."""
         del worker
-        self._thread.submit(self._close, InterruptedError("the worker ends"))
+        self._thread.submit(self._leave)
         self._thread.shutdown(wait=False)
 
     @property
@@ -112,6 +113,7 @@ class Site(WorkerPlugin):  # type: ignore[misc]
         """Compute a part; in this site's own thread."""
         if self._opened is None or self._opened.key != work_key:
             self._close(None)
+            fetch_all(self.context.folder.root)
             self._opened = _Opened.open(work_key, work, self.context, self._tell_progress, self._tell_note)
         opened = self._opened
         try:
@@ -126,6 +128,10 @@ class Site(WorkerPlugin):  # type: ignore[misc]
         if opened is not None and which in (None, opened):
             self._opened = None
             opened.close(error)
+
+    def _leave(self) -> None:
+        self._close(InterruptedError("the worker ends"))
+        forget_front(self._place.folder)
 
     def _tell_progress(self, meter: Meter) -> None:
         self._tell(worker=self._worker.address, done=meter.done, n_bytes=meter.n_bytes)

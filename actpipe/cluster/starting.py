@@ -20,6 +20,8 @@ from actpipe.telemetry import Telemetry
 _CONNECT_SECONDS = 30
 _THREADS = 2
 """Tasks that a worker takes at once: one part is computed while another is written."""
+_NOT_FOR_WORKERS = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
+"""What workers on this machine run first: a terminal sends Ctrl-C to them too, and the run ends them in order."""
 
 
 @contextmanager
@@ -29,6 +31,7 @@ def connected(config: EngineConfig, telemetry: Telemetry) -> Iterator[Client]:
     Raises:
         ClusterError: There is none at that address, or it cannot be started.
     """
+    logging.getLogger("distributed.client").setLevel(logging.CRITICAL)  # a lost scheduler is a ClusterError
     with ExitStack() as stack:
         stack.enter_context(
             dask.config.set(
@@ -51,6 +54,11 @@ def connected(config: EngineConfig, telemetry: Telemetry) -> Iterator[Client]:
 
 
 def _client_of(address: str) -> Client:
+    if address.startswith("tls://") and Security().get_connection_args("client").get("ssl_context") is None:
+        raise ClusterError(
+            f"{address} takes TLS only, and this process has no certificate for it; set "
+            "DASK_DISTRIBUTED__COMM__TLS__CA_FILE, ..._CLIENT__CERT and ..._CLIENT__KEY (docs/security.md)"
+        )
     try:
         return Client(address, timeout=_CONNECT_SECONDS, set_as_default=False)
     except (OSError, ValueError, TimeoutError) as error:
@@ -94,8 +102,9 @@ def _local(config: EngineConfig, scratch: str) -> Any:
         worker_dashboard_address=None,
         memory_limit=config.memory or 0,
         local_directory=scratch,
-        silence_logs=logging.ERROR,
+        silence_logs=logging.CRITICAL,
         env=environment,
+        preload=[_NOT_FOR_WORKERS],
     )
     for number in range(n_workers):
         mine = devices[number * per_worker % len(devices) :][:per_worker] if devices else []

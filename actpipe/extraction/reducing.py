@@ -39,8 +39,9 @@ from actpipe.schemas.commit import ChunkRecord, Commit
 from actpipe.schemas.reducing import ReduceActivationsConfig
 from actpipe.stores.kept_rows import KeptRows
 from actpipe.stores.layout import RunFolder, write_whole
+from actpipe.stores.remote import publish
 from actpipe.stores.token_table import TokenTable
-from actpipe.stores.writing import read_commit
+from actpipe.stores.writing import read_commit, withdraw
 from actpipe.streaming import already_done
 from actpipe.telemetry import Meter
 
@@ -139,19 +140,28 @@ def _state_bytes(config: ReduceActivationsConfig, d: int, shape: ModelShape, con
 
 @dataclass(frozen=True)
 class PartialSums:
-    """What finished parts gave, on the disk until all are done: a file for each, and its commit record."""
+    """What finished parts gave, on the disk until all are done: a file for each, and its commit record.
+
+    A worker that is late with a part finds the folder gone, and does not make it again.
+    """
 
     folder: RunFolder
+
+    def begin(self) -> None:
+        """Make the folder."""
+        self.folder.commits.mkdir(parents=True, exist_ok=True)
 
     def write(self, part: Part, states: Mapping[str, State]) -> None:
         """Write what a part gave, its record last."""
         name = f"part-{part.index:08d}.safetensors"
         fields = ((f"{key}|{field}", values) for key, state in states.items() for field, values in state.items())
         data = save({path: values.cpu().contiguous() for path, values in fields})
-        write_whole(self.folder.root / name, data)
+        write_whole(self.folder.root / name, data, parents=False)
+        publish([self.folder.root / name])
         record = ChunkRecord(path=name, n_bytes=len(data), crc32c=f"{google_crc32c.value(data):08x}")
         commit = Commit(part=part.index, row_start=part.row_start, row_stop=part.row_stop, chunks=(record,))
-        write_whole(self.folder.part_commit(part.index), commit.to_json().encode())
+        write_whole(self.folder.part_commit(part.index), commit.to_json().encode(), parents=False)
+        publish([self.folder.part_commit(part.index)])
 
     def read(self, part: Part) -> dict[str, State] | None:
         """Return what a part gave; None where its file is not as it was committed, and its record is withdrawn."""
@@ -159,7 +169,7 @@ class PartialSums:
         path = self.folder.root / record.path
         data = path.read_bytes() if path.is_file() else b""
         if f"{google_crc32c.value(data):08x}" != record.crc32c:
-            self.folder.part_commit(part.index).unlink()
+            withdraw(self.folder.part_commit(part.index))
             return None
         states: dict[str, State] = {}
         for name, values in load(data).items():

@@ -62,6 +62,8 @@ def settle_batch_tokens(
     if (found := read_number(folder.batch_tokens)) is not None:
         return found
     found, how = find_batch_tokens(config, load_model(), context_length, derivations)
+    if (others := read_number(folder.batch_tokens)) is not None:  # another worker was quicker
+        return others
     write_whole(folder.batch_tokens, _json({"batch_tokens": found}))
     publish([folder.batch_tokens])
     note(f"batches of {found:,} tokens: {how}", "batch size", stage=config.stage, batch_tokens=found, how=how)

@@ -32,7 +32,7 @@ def abandoned(run: RunFolder) -> list[Path]:
 def clear_abandoned(run: RunFolder) -> None:
     """Remove the temporary files of a run and its corpora."""
     for path in abandoned(run):
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)

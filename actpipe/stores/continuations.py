@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +12,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from actpipe.records import Part, TokenIds
-from actpipe.stores.layout import RunFolder, write_whole
+from actpipe.stores.layout import RunFolder, take_away, write_whole
+from actpipe.stores.remote import publish
 
 
 @dataclass(frozen=True)
 class Continuations:
-    """Finished pieces in a corpus' folder; each is there whole or not at all."""
+    """Finished pieces in a corpus' folder; each is there whole or not at all.
+
+    A worker that is late with a piece finds the folder gone, and does not make it again.
+    """
 
     folder: RunFolder
 
@@ -29,6 +32,10 @@ class Continuations:
     def _path(self, part: Part) -> Path:
         return self._root / f"part-{part.index:08d}.parquet"
 
+    def begin(self) -> None:
+        """Make the folder."""
+        self._root.mkdir(parents=True, exist_ok=True)
+
     def missing(self, parts: Iterable[Part]) -> list[Part]:
         """Return the pieces that are not there yet."""
         return [part for part in parts if not self._path(part).is_file()]
@@ -38,7 +45,8 @@ class Continuations:
         table = pa.table({"sequence": pa.array(new, pa.int64()), "ids": pa.array(new.values(), pa.list_(pa.int32()))})
         buffer = io.BytesIO()
         pq.write_table(table, buffer, compression="zstd")
-        write_whole(self._path(part), buffer.getvalue())
+        write_whole(self._path(part), buffer.getvalue(), parents=False)
+        publish([self._path(part)])
 
     def read(self, parts: Iterable[Part]) -> Iterator[tuple[int, TokenIds]]:
         """Yield the new ids of every prompt, in the order of the sequences."""
@@ -49,4 +57,4 @@ class Continuations:
 
     def remove(self) -> None:
         """Remove all pieces, once the token table holds what they held."""
-        shutil.rmtree(self._root, ignore_errors=True)
+        take_away(self._root, self.folder)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -169,9 +170,13 @@ def disk_trouble_explained(folder: RunFolder) -> Iterator[None]:
         ) from error
 
 
-def write_whole(path: Path, data: bytes, *, force: bool = True) -> None:
-    """Write a file so that it is either there whole or not at all, power loss included unless `force` is off."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def write_whole(path: Path, data: bytes, *, force: bool = True, parents: bool = True) -> None:
+    """Write a file so that it is either there whole or not at all, power loss included unless `force` is off.
+
+    Its folder is made, unless `parents` is off: then it is an error if that is gone.
+    """
+    if parents:
+        path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
     try:
         with temporary.open("wb") as file:
@@ -185,6 +190,14 @@ def write_whole(path: Path, data: bytes, *, force: bool = True) -> None:
         raise
     if force:
         sync(path.parent)
+
+
+def take_away(path: Path, folder: RunFolder) -> None:
+    """Remove a folder that others may be writing into: at once out of their sight, then file by file."""
+    aside = folder.new_partial("away")
+    with suppress(FileNotFoundError):
+        path.replace(aside / path.name)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def sync(path: Path) -> None:

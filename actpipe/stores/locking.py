@@ -204,15 +204,16 @@ def _is_alive(owner: Owner, path: Path, *, kernel_asked: bool) -> bool:
     """Whether the owner that a lock file names may still be at work."""
     if owner.host != socket.gethostname():
         return shows_life(_age_seconds(path), lambda: _touched(path))
-    return not kernel_asked and _is_running(owner.pid)
+    return not kernel_asked and is_running(owner.pid)
 
 
 def is_running_here(owner: Owner) -> bool | None:
     """Whether an owner on this host is at work; None where it is on another host."""
-    return _is_running(owner.pid) if owner.host == socket.gethostname() else None
+    return is_running(owner.pid) if owner.host == socket.gethostname() else None
 
 
-def _is_running(pid: int) -> bool:
+def is_running(pid: int) -> bool:
+    """Whether there is a process of this number on this host."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

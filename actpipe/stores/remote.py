@@ -11,29 +11,32 @@ import hashlib
 import json
 import os
 import re
-import socket
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from actpipe.errors import StorageError, StorageRefusedError, StoreMismatchError
 from actpipe.stores.fetching import AT_ONCE, CHUNK, ChunkCache
 from actpipe.stores.layout import user_cache, write_whole
 from actpipe.stores.remote_locking import LOCK_NAME, RemoteLock
+from actpipe.stores.remote_trouble import trouble_explained
 
 RETRY_SECONDS = 180
 """How long a request is tried again, with growing waits, before the object store counts as out of reach."""
 _URL = re.compile(r"(s3|gs|az|abfs|https?):/+(.+)")
 _OURS = re.compile(
     r"(corpora/[^/]+/)?(run\.yaml|log\.jsonl|report\.html|(documents|sequences|rows)\.parquet"
-    r"|(tokenizer|commits|results|store\.zarr)/(?!\.)(.+/)?[^./][^/]*)"
+    r"|(tokenizer|commits|results|store\.zarr|reductions|continuations)/(?!\.)(.+/)?[^./][^/]*)"
 )
-"""What a run has beside chunks, and what is copied: no files on their way, locks, or what unfinished stages leave."""
+"""What a run has beside chunks, and what is copied: no files on their way, and no locks."""
+_PIECES = re.compile(r"(corpora/[^/]+/)?(commits|reductions|continuations)/.+")
+"""What the workers of a cluster add, each file once."""
+_CLAIM = re.compile(r"(corpora/[^/]+/)?commits/\.part-.+")
 _MARK = ".remote"
 _PIECE_BYTES = 8 * 2**20
 
@@ -58,26 +61,22 @@ def local_folder(run: str | Path) -> Path:
     return remote.folder
 
 
-def front_of_worker(run: str) -> Path:
-    """Return the folder in front of a run for this process alone, with what is no chunk; a local folder is itself."""
-    url = as_url(run)
-    if url is None:
-        return Path(run)
-    remote = Remote.in_front_of(url, of=f"{socket.gethostname()}-{os.getpid()}")
-    remote.pull()
-    return remote.folder
-
-
 def publish_all(folder: Path) -> None:
     """Put into the object store behind a run folder what is new in it, if there is one, for others to see."""
     if (remote := remote_of(folder)) is not None:
         remote.push()
 
 
-def fetch_commits(folder: Path) -> None:
-    """Bring the commit records here that others have put into the object store behind a run folder."""
+def fetch_pieces(folder: Path) -> None:
+    """Bring what workers have put into the object store behind a run folder: commit records, and parts of results."""
     if (remote := remote_of(folder)) is not None:
-        remote.bring_commits()
+        remote.bring_pieces()
+
+
+def fetch_all(folder: Path) -> None:
+    """Make all that is no chunk equal to what is in the object store behind a run folder, if there is one."""
+    if (remote := remote_of(folder)) is not None:
+        remote.pull()
 
 
 def remote_of(path: Path) -> Remote | None:
@@ -118,11 +117,10 @@ class Remote:
         object.__setattr__(self, "chunks", ChunkCache(self.folder, self._download_chunk))
 
     @classmethod
-    def in_front_of(cls, url: str, *, of: str = "") -> Remote:
-        """Return the run at a URL; its folder is in the user's cache, under a name of its own (`of` someone)."""
-        base = user_cache()
+    def in_front_of(cls, url: str, base: Path | None = None) -> Remote:
+        """Return the run at a URL; its folder is in the user's cache, or in `base`, under a name of its own."""
         readable = re.sub(r"[^A-Za-z0-9]+", "-", url)[-60:].strip("-")
-        folder = base / f"{readable}-{hashlib.sha256((url + of).encode()).hexdigest()[:12]}"
+        folder = (base or user_cache()) / f"{readable}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / _MARK, f"{url}\n".encode(), force=False)
         _marked.cache_clear()
@@ -172,9 +170,9 @@ class Remote:
         for path in there.keys() - set(here):
             self.delete(self.folder / path)
 
-    def bring_commits(self) -> None:
-        """Bring the commit records here that are there and not here."""
-        names = [name for name, _ in self._list() if "commits/" in name and _is_metadata(name)]
+    def bring_pieces(self) -> None:
+        """Bring the files of finished parts here that are there and not here."""
+        names = [name for name, _ in self._list() if _PIECES.fullmatch(name) and _is_metadata(name)]
         with ThreadPoolExecutor(AT_ONCE) as pool:
             list(pool.map(self._download, [name for name in names if not (self.folder / name).is_file()]))
 
@@ -235,7 +233,9 @@ class Remote:
             raise StorageRefusedError(f"{self.url} can be read only; give --out a folder, or a URL of s3, gs or az")
         self._refuse_foreign()
         with self.lock.held() as require_ours:
+            self._forget_claims()
             yield require_ours
+            self._forget_claims()
 
     @property
     def lock(self) -> RemoteLock:
@@ -260,6 +260,16 @@ class Remote:
             found = obstore.list_with_delimiter(self._objects, folder or None)
         paths = [*found["common_prefixes"], *(entry["path"] for entry in found["objects"])]
         return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in paths)
+
+    def claim_of(self, record: Path) -> RemoteLock:
+        """Return the lock that whoever commits a record takes, on whatever host."""
+        hidden = record.with_name(f".{record.name}")
+        return RemoteLock(self.url, self._objects, self._trouble_explained, self._name(hidden))
+
+    def _forget_claims(self) -> None:
+        """Remove the claims of workers that are dead, or not needed any more."""
+        for name in [name for name, _ in self._list() if _CLAIM.fullmatch(name)]:
+            self.delete(self.folder / name)
 
     def _refuse_foreign(self) -> None:
         """Keep out of places that hold something else."""
@@ -328,40 +338,12 @@ class Remote:
     def _name(self, path: Path) -> str:
         return path.relative_to(self.folder).as_posix()
 
-    @contextmanager
-    def _trouble_explained(self) -> Iterator[None]:
-        """Say in one sentence what trouble with the object store means; what is not there is a FileNotFoundError."""
-        try:
-            import obstore
-        except ImportError as error:
-            raise StorageRefusedError(f"{self.url} needs `pip install 'actpipe[remote]'`") from error
-        try:
-            yield
-        except (obstore.exceptions.AlreadyExistsError, obstore.exceptions.PreconditionError):
-            raise
-        except FileNotFoundError:
-            raise
-        except obstore.exceptions.BaseError as error:
-            _explain(self.url, error)
+    def _trouble_explained(self) -> AbstractContextManager[None]:
+        return trouble_explained(self.url)
 
 
 def _is_metadata(name: str) -> bool:
-    return bool(_OURS.fullmatch(name)) and not CHUNK.fullmatch(name)
-
-
-def _explain(url: str, error: Exception) -> NoReturn:
-    import obstore
-
-    lines = str(error).strip().splitlines()
-    reason = lines[0] if lines else type(error).__name__
-    if isinstance(error, obstore.exceptions.PermissionDeniedError | obstore.exceptions.UnauthenticatedError):
-        raise StorageRefusedError(
-            f"{url} lets us not in ({reason}); what is committed stays valid, give the same command again with "
-            "credentials that may read and write there"
-        ) from error
-    raise StorageError(
-        f"{url} is out of reach ({reason}); what is committed stays valid, give the same command again once it is back"
-    ) from error
+    return bool(_OURS.fullmatch(name)) and not CHUNK.fullmatch(name) and ".." not in name.split("/")
 
 
 def publish(paths: Iterable[Path]) -> None:

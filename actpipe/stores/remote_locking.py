@@ -26,17 +26,19 @@ LOCK_NAME = ".lock"
 
 @dataclass(frozen=True)
 class RemoteLock:
-    """The lock of a run in an object store, as `locking.only_run_in` has one on a file system."""
+    """The lock of a run in an object store, as `locking.only_run_in` has one on a file system; or of one part."""
 
     url: str
     objects: Any
     """The run's place, as obstore opens it."""
     explained: Callable[[], AbstractContextManager[None]]
     """Within, trouble with the object store becomes a StorageError."""
+    name: str = LOCK_NAME
+    """Of the lock object."""
 
     @contextmanager
     def held(self) -> Iterator[Callable[[], None]]:
-        """Keep other runs out, on whatever host; gives a function that raises once the lock is no longer ours.
+        """Keep others out, on whatever host; gives a function that raises once the lock is no longer ours.
 
         Raises:
             RunInUseError: Another process is at work there; says which.
@@ -65,6 +67,8 @@ class RemoteLock:
                 self._put(owner, mode="create")
             except (obstore.exceptions.AlreadyExistsError, obstore.exceptions.PreconditionError):
                 other = self.owner()
+                if other == owner:  # the first answer was lost on its way
+                    return
                 if other is not None and self._is_alive(other):
                     raise RunInUseError(
                         f"{self.url} is in use by {other}; wait for it to end, or choose another place with --out"
@@ -92,7 +96,7 @@ class RemoteLock:
         import obstore
 
         with suppress(FileNotFoundError), self.explained():
-            touched: datetime = obstore.head(self.objects, LOCK_NAME)["last_modified"]
+            touched: datetime = obstore.head(self.objects, self.name)["last_modified"]
             return touched
         return None
 
@@ -100,7 +104,7 @@ class RemoteLock:
         """Return the time since the lock was written, by the store's clock; by ours where nothing can be put there."""
         import obstore
 
-        touched, probe = self._touched(), f"{LOCK_NAME}-{uuid.uuid4().hex[:12]}"
+        touched, probe = self._touched(), f"{self.name}-{uuid.uuid4().hex[:12]}"
         if touched is None:
             return float("inf")
         try:
@@ -118,19 +122,19 @@ class RemoteLock:
         import obstore
 
         with suppress(FileNotFoundError, ValueError, TypeError), self.explained():
-            return Owner(**json.loads(bytes(obstore.get(self.objects, LOCK_NAME).bytes())))
+            return Owner(**json.loads(bytes(obstore.get(self.objects, self.name).bytes())))
         return None
 
     def _put(self, owner: Owner, mode: Literal["create", "overwrite"] = "overwrite") -> None:
         import obstore
 
-        obstore.put(self.objects, LOCK_NAME, json.dumps(asdict(owner)).encode(), mode=mode)
+        obstore.put(self.objects, self.name, json.dumps(asdict(owner)).encode(), mode=mode)
 
     def _delete(self) -> None:
         import obstore
 
         with suppress(FileNotFoundError), self.explained():
-            obstore.delete(self.objects, LOCK_NAME)
+            obstore.delete(self.objects, self.name)
 
     def _touch(self, owner: Owner) -> None:
         with self.explained():

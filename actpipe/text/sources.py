@@ -9,8 +9,11 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import lzma
 import sys
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -18,6 +21,7 @@ from typing import Any, Protocol
 
 import fsspec
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from actpipe.errors import DatasetError, did_you_mean
 from actpipe.schemas.recipe import DatasetConfig
@@ -122,7 +126,36 @@ def _open_files(config: DatasetConfig, files: list[str]) -> Source:
             )
         reader = _read_json if kind == "json" else _TEXT_READERS[config.text_by]
         return FileSource(tuple(files), title, reader)
+    if kind == "parquet":
+        _refuse_broken_parquet(files)
     return _load(config, kind, title, data_files=files)
+
+
+def _refuse_broken_parquet(files: list[str]) -> None:
+    """Read the footer of each file on this machine, so that a broken shard is named before anything is read."""
+    for file in files:
+        if "://" not in file:
+            try:
+                pq.read_metadata(file)
+            except (pa.ArrowException, OSError) as error:
+                raise DatasetError(
+                    f"{file} is no whole Parquet file: {_first_line(error).rstrip('.')}; fetch it again"
+                ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+@contextmanager
+def _broken_data_named(title: str) -> Iterator[None]:
+    """Within, data that cannot be read is a DatasetError."""
+    try:
+        yield
+    except DatasetError:
+        raise
+    except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, pa.ArrowException) as error:
+        raise DatasetError(f"cannot read {title}: {_first_line(error)}") from error
 
 
 def _format_of(config: DatasetConfig, path: str) -> str:
@@ -155,8 +188,7 @@ def _load(config: DatasetConfig, location: str, title: str, *, data_files: list[
             **options,
         )
     except (OSError, ValueError, datasets.exceptions.DatasetsError, pa.ArrowException) as error:
-        cause = error.__cause__ or error
-        reason = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
+        reason = _first_line(error.__cause__ or error)
         raise DatasetError(f"cannot load the dataset {title!r}: {reason}") from error
     return DatasetSource(loaded, title)
 
@@ -188,12 +220,21 @@ class DatasetSource:
         """Yield columns of some documents at a time."""
         features = self._dataset.features or {}
         json_columns = [name for name, feature in features.items() if type(feature).__name__ == "Json"]
-        for table in self._dataset.with_format("arrow").iter(batch_size=_BATCH_DOCUMENTS):
+        for table in self._tables():
             for piece in _pieces(table):
                 batch = {name: _to_list(piece[name]) for name in piece.column_names}
                 for name in json_columns:
                     batch[name] = [None if value is None else json.loads(value) for value in batch[name]]
                 yield batch
+
+    def _tables(self) -> Iterator[pa.Table]:
+        tables = iter(self._dataset.with_format("arrow").iter(batch_size=_BATCH_DOCUMENTS))
+        while True:
+            with _broken_data_named(f"the dataset {self.title!r}"):
+                table = next(tables, None)
+            if table is None:
+                return
+            yield table
 
 
 def _pieces(table: pa.Table) -> Iterator[pa.Table]:
@@ -273,7 +314,13 @@ def _columns(rows: list[Row]) -> Batch:
 
 def _lines(path: str) -> Iterator[bytes]:
     with fsspec.open(path, "rb", compression="infer") as file:
-        yield from file
+        lines = iter(file)
+        while True:
+            with _broken_data_named(path):
+                line = next(lines, None)
+            if line is None:
+                return
+            yield line
 
 
 def _text(line: bytes) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import http.client
 import http.server
 import json
 import os
@@ -16,6 +15,7 @@ import numpy as np
 import obstore
 import pytest
 from feeding import POST, PRE, write_store
+from object_store import Proxy, flaky, in_between, objects
 from obstore.store import S3Store
 from rich.console import Console
 from support import TEXTS, all_bytes, make_recipe, run
@@ -42,48 +42,10 @@ QUIET = Telemetry(Console(quiet=True))
 
 
 @pytest.fixture(scope="module")
-def server():
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-
-
-@pytest.fixture
-def bucket(server, monkeypatch, tmp_path):
-    """An empty bucket, as the environment tells of it."""
-    name = f"bucket-{tmp_path.name.replace('_', '-').lower()[:40]}"
-    settings = {
-        "AWS_ENDPOINT": server,
-        "AWS_ACCESS_KEY_ID": "someone",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_REGION": "us-east-1",
-        "AWS_ALLOW_HTTP": "true",
-        "ACTPIPE_CACHE": str(tmp_path / "cache"),
-    }
-    for key, value in settings.items():
-        monkeypatch.setenv(key, value)
-    import boto3
-
-    boto3.client("s3", endpoint_url=server, region_name="us-east-1").create_bucket(Bucket=name)
-    return name
-
-
-@pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     path = tmp_path_factory.mktemp("corpus") / "lines.txt"
     path.write_text("\n".join(TEXTS * 3))
     return path
-
-
-def objects(bucket):
-    """Return what is in the bucket, by name."""
-    store = S3Store(bucket)
-    names = [entry["path"] for page in obstore.list(store) for entry in page]
-    return {name: bytes(obstore.get(store, name).bytes()) for name in names}
 
 
 def forget(url):
@@ -247,58 +209,6 @@ def test_other_peoples_files_are_left_alone(bucket, corpus):
     assert set(objects(bucket)) == {"run/thesis.tex"}
 
 
-class Proxy(http.server.BaseHTTPRequestHandler):
-    """Passes requests on, all but those that `meet` has answered."""
-
-    protocol_version = "HTTP/1.1"
-    behind = ""
-
-    def meet(self):
-        return False
-
-    def refuse(self, status):
-        self.send_response(status)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-        return True
-
-    def pass_on(self):
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        if self.meet():
-            return
-        connection = http.client.HTTPConnection(self.behind.removeprefix("http://"))
-        connection.request(self.command, self.path, body, dict(self.headers))
-        answer = connection.getresponse()
-        data = answer.read()
-        self.send_response(answer.status)
-        for name, value in answer.getheaders():
-            if name.lower() not in ("transfer-encoding", "content-length", "connection"):
-                self.send_header(name, value)
-        length = answer.getheader("Content-Length", "0") if self.command == "HEAD" else str(len(data))
-        self.send_header("Content-Length", length)
-        self.end_headers()
-        self.wfile.write(data)
-
-    do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = pass_on  # noqa: N815 - the names that the library calls
-
-    def log_message(self, *_):
-        pass
-
-
-class Flaky(Proxy):
-    """Answers every fourth request with 503 and cuts every seventh off."""
-
-    n_requests = 0
-
-    def meet(self):
-        type(self).n_requests += 1
-        if self.n_requests % 7 == 0:
-            self.close_connection = True
-            self.connection.close()
-            return True
-        return self.n_requests % 4 == 0 and self.refuse(503)
-
-
 class Watched(Proxy):
     """Notes which chunks are asked for, and holds all but the first back until so many have been."""
 
@@ -315,23 +225,19 @@ class Watched(Proxy):
 
 
 @contextmanager
-def in_between(handler, monkeypatch, server, **attributes):
-    """Put a proxy before the server; gives its class."""
-    handler = type("Here", (handler,), {"behind": server, **attributes})
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as proxy, monkeypatch.context() as patch:
-        threading.Thread(target=proxy.serve_forever, daemon=True).start()
-        patch.setenv("AWS_ENDPOINT", f"http://127.0.0.1:{proxy.server_port}")
-        yield handler
-        proxy.shutdown()
-
-
 def watched(monkeypatch, server, *, together=0, forbidden=None):
     attributes = {"asked": [], "in_vain": [], "changed": threading.Condition(), "together": together}
-    return in_between(Watched, monkeypatch, server, forbidden=forbidden, **attributes)
+    with (
+        in_between(Watched, server, forbidden=forbidden, **attributes) as (address, handler),
+        monkeypatch.context() as patch,
+    ):
+        patch.setenv("AWS_ENDPOINT", address)
+        yield handler
 
 
 def test_a_server_that_refuses_and_cuts_off_is_asked_again(server, bucket, corpus, tmp_path, monkeypatch):
-    with in_between(Flaky, monkeypatch, server) as handler:
+    with flaky(server) as (address, requests):
+        monkeypatch.setenv("AWS_ENDPOINT", address)
         url = f"s3://{bucket}/run"
         run(make_recipe(corpus), url)
         forget(url)
@@ -339,7 +245,7 @@ def test_a_server_that_refuses_and_cuts_off_is_asked_again(server, bucket, corpu
         assert verify_run(url)[0] == []
     run(make_recipe(corpus), tmp_path / "local")
 
-    assert handler.n_requests > 28
+    assert requests() > 28
     np.testing.assert_array_equal(found, actpipe.open_store(tmp_path / "local")[HOOK].compute())
 
 
