@@ -28,6 +28,12 @@ def result_name(config: AnalysisConfig) -> str:
     return config.name or config.stage
 
 
+def place_of(result: Result, config: AnalysisConfig) -> str:
+    """Say to people which result it is: its corpus, and its name where that is not the stage's."""
+    record = result.record
+    return record.corpus if record.name == config.stage else f"{record.corpus}, {record.name}"
+
+
 def run_analysis(
     context: RunContext, config: AnalysisConfig, kind: str, compute: Compute, more: Mapping[str, object] | None = None
 ) -> Result:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 from actpipe.schemas.attribution_analyses import AttributeLogitsConfig, FromColumn, TopTokens
 
-from actpipe.analysis import require_every_token, require_hooks, require_neurons, require_sum, run_analysis
+from actpipe.analysis import place_of, require_every_token, require_hooks, require_neurons, require_sum, run_analysis
 from actpipe.attribution_results import AttributionResult
 from actpipe.compute.residual import residual_components
 from actpipe.errors import IdentityError, IncompleteStoreError
@@ -63,7 +63,7 @@ class AttributeLogits:
             return self._compute(store, weights, target, writer, meter)
 
         result = run_analysis(context, self.config, "attribution", compute)
-        context.findings.extend(_describe(result))
+        context.findings.extend(_describe(result, place_of(result, self.config)))
 
     def _whose(self) -> str:
         """Return whose logit it is, for people."""
@@ -154,10 +154,9 @@ def _keeper(writer: ResultWriter, store: ActivationStore, n_columns: int, n_rank
     return keep
 
 
-def _describe(result: Result) -> Iterator[Finding]:
+def _describe(result: Result, where: str) -> Iterator[Finding]:
     table, summary = result.table, result.record.summary
     whose = summary["logit"]
-    where = ", ".join(dict.fromkeys((result.record.corpus, result.record.name)))
     if "rank" in table:
         table = table[table["rank"] == 0]
         whose = f"{whose}, the first of them"

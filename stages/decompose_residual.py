@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from actpipe.schemas.attribution_analyses import DecomposeResidualConfig
 
-from actpipe.analysis import require_hooks, require_neurons, require_sum, run_analysis
+from actpipe.analysis import place_of, require_hooks, require_neurons, require_sum, run_analysis
 from actpipe.attribution_results import table_of
 from actpipe.compute.residual import ResidualSums, residual_components
 from actpipe.errors import IdentityError, RecipeError
@@ -71,7 +71,7 @@ class DecomposeResidual:
             )
 
         result = run_analysis(context, self.config, "residual", compute)
-        context.findings.append(_describe(result))
+        context.findings.append(_describe(result, place_of(result, self.config)))
 
     def _wanted(self, shape: ModelShape, neurons: list[tuple[int, int]]) -> Wanted:
         config = self.config
@@ -145,7 +145,7 @@ def _table(columns: list[Column], sums: ResidualSums) -> Any:
     )
 
 
-def _describe(result: Result) -> Finding:
+def _describe(result: Result, where: str) -> Finding:
     summary = result.record.summary
     is_accumulated = bool(result.record.settings.get("accumulated"))
     shown = result.table if is_accumulated else result.table.sort_values("mean_share", ascending=False).head(5)
@@ -164,5 +164,4 @@ def _describe(result: Result) -> Finding:
     if error is not None:
         note += f"; sum of components off by at most {error:.1e} of the stream's size"
     title = "Residual stream by layer" if is_accumulated else "Residual stream, largest components"
-    where = ", ".join(dict.fromkeys((result.record.corpus, result.record.name)))
     return Finding(f"{title}: {where}", ("component", "share", "of variance", "cosine", "mean norm"), rows, note=note)

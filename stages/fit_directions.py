@@ -9,7 +9,7 @@ from typing import ClassVar
 from actpipe.schemas.direction_analyses import FitDirectionsConfig
 
 from actpipe.activation_choice import Choice, choose_activations, whole_rows
-from actpipe.analysis import run_analysis
+from actpipe.analysis import place_of, run_analysis
 from actpipe.compute.probing import Fit
 from actpipe.direction_results import Found, direction_files, directions_of, results_dataset, results_table
 from actpipe.jobs.blocks import require_arrays
@@ -49,7 +49,8 @@ class FitDirections:
         def compute(store: ActivationStore, writer: ResultWriter, meter: Meter) -> Result:
             return self._compute(choices, store, writer, meter)
 
-        context.findings.append(_describe(run_analysis(context, self.config, "directions", compute)))
+        result = run_analysis(context, self.config, "directions", compute)
+        context.findings.append(_describe(result, place_of(result, self.config)))
 
     def _choices(self, context: RunContext) -> tuple[Choice, ...]:
         return whole_rows(self.config, choose_activations(context, self.config, self.config.hooks))
@@ -117,7 +118,7 @@ class FitDirections:
         )
 
 
-def _describe(result: Result) -> Finding:
+def _describe(result: Result, where: str) -> Finding:
     rows = tuple(
         (
             str(row.hook),
@@ -131,7 +132,6 @@ def _describe(result: Result) -> Finding:
         )
         for row in result.table.itertuples()
     )
-    where = ", ".join(dict.fromkeys((result.record.corpus, result.record.name)))
     return Finding(
         f"Probes of {result.record.settings['label']}, held-out documents: {where}",
         ("activation", "accuracy", "balanced", "largest class", "shuffled", "AUC", "shuffled AUC", "calibration error"),

@@ -29,11 +29,6 @@ _GROUPS = {
 
 
 def _attribution(result: Result) -> Iterator[Plot]:
-    for plot in _attributions(result):
-        yield replace(plot, title=f"{plot.title}: {result.record.name}")
-
-
-def _attributions(result: Result) -> Iterator[Plot]:
     table = result.table
     whose = str(result.record.summary.get("logit", "the correct next token"))
     if "rank" in table:
@@ -156,7 +151,7 @@ def _map(values: np.ndarray, across: Sequence[str], down: Sequence[str], unit: s
 
 
 def _residual(result: Result) -> Iterator[Plot]:
-    table, name = result.table, result.record.name
+    table = result.table
     if (table["kind"] == "resid").all():
         yield from _streams(result)
         return
@@ -179,10 +174,10 @@ def _residual(result: Result) -> Iterator[Plot]:
     for measure, (title, caption, unit) in measures.items():
         if measure not in table:
             continue
-        yield Plot(f"{title} by component: {name}", caption, bars(others, measure, unit))
+        yield Plot(f"{title} by component", caption, bars(others, measure, unit))
         if len(heads):
             grid = layer_by_head(heads, measure)
-            yield Plot(f"{title} by head: {name}", caption, heat_map(grid, unit, diverging=True))
+            yield Plot(f"{title} by head", caption, heat_map(grid, unit, diverging=True))
 
 
 def _streams(result: Result) -> Iterator[Plot]:
@@ -197,11 +192,21 @@ def _streams(result: Result) -> Iterator[Plot]:
         )
         figure.update_xaxes(title="residual stream", type="category")
         figure.update_yaxes(title=unit, rangemode="tozero")
-        yield Plot(f"{title} by layer: {result.record.name}", caption, styled(figure, 320))
+        yield Plot(f"{title} by layer", caption, styled(figure, 320))
+
+
+def _named(make: Callable[[Result], Iterator[Plot]], stage: str) -> Callable[[Result], Iterator[Plot]]:
+    """Say in titles which result it is, where that does not have the stage's name."""
+
+    def figures(result: Result) -> Iterator[Plot]:
+        name = "" if result.record.name == stage else f": {result.record.name}"
+        return (replace(plot, title=f"{plot.title}{name}") for plot in make(result))
+
+    return figures
 
 
 ATTRIBUTION_MAKERS: dict[str, Callable[[Result], Iterator[Plot]]] = {
-    "attribution": _attribution,
-    "residual": _residual,
+    "attribution": _named(_attribution, "attribute_logits"),
+    "residual": _named(_residual, "decompose_residual"),
 }
 """By kind of result."""
