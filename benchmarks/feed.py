@@ -156,6 +156,7 @@ def batches(folder: Path, n_rows: int, rounds: int) -> None:
     sides = {
         "feed, shuffle='rows', no reading ahead": epochs(ActivationLoader(store, HOOK, BATCH, read_ahead=0), 64),
         "feed, shuffle='rows'": epochs(ActivationLoader(store, HOOK, BATCH), 64),
+        "feed, shuffle='blocks'": epochs(ActivationLoader(store, HOOK, BATCH, "blocks"), 64),
         "one memory-mapped array, fancy indexing": indexing(lambda rows: one[rows], 64),
         "zarr, oindex": indexing(lambda rows: array.oindex[rows], 1),
     }

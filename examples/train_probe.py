@@ -7,8 +7,8 @@
 The label is an array of the store, one class for each token, or a column of documents.parquet, one for each
 document. Prints the accuracy on held-out documents beside that of always guessing the most frequent class, and the
 same for a control: the same probe, after the labels were dealt out anew at random. Prints the share of time spent
-waiting for the feed, too; a probe computes so little that it is high. Beside it stands how much of the time it would
-take to pick such batches out of one tensor in memory, by the same thread that trains.
+waiting for the feed, too; a probe computes little beside what reading takes, so below it stands how much of the time
+it would take to pick such batches out of one tensor in memory, in the thread that trains.
 """
 
 from __future__ import annotations

@@ -85,9 +85,15 @@ class Feed(IterableDataset[Rows]):
         self._epoch = self._batch = self._resume_at = 0
         self._resume_workers: int | None = None
         self._wait_seconds = self._feed_seconds = 0.0
+        self._spare: list[Rows] = []
+        """Buffers that no epoch is using; new memory costs as much time as what is read into it."""
         if delivery.normalize is not None:
             self._normalizer = Normalizer(self._estimate(statistics_rows) if statistics is None else statistics)
             _check_statistics(self._normalizer.statistics, reader.activation_names)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the buffers, which each process has for itself."""
+        return self.__dict__ | {"_spare": []}
 
     def __len__(self) -> int:
         """Batches of an epoch on this rank, whatever has been taken of it."""
@@ -248,11 +254,10 @@ class Feed(IterableDataset[Rows]):
 
     def _buffered(self, order: Order, groups: Iterator[tuple[Group, int]], fill: Fill) -> Iterator[Rows]:
         """Yield batches of rows drawn from a whole group; while one group goes out, a thread reads the next."""
-        spare: list[Rows] = []
 
         def read() -> Iterator[tuple[Group, int, Rows]]:
             for group, first in groups:
-                rows = spare.pop() if spare else self._buffer()
+                rows = self._spare.pop() if self._spare else self._buffer()
                 for _ in fill({name: tensor[: group.n_rows] for name, tensor in rows.items()}):
                     if coming.closed:
                         return
@@ -265,12 +270,18 @@ class Feed(IterableDataset[Rows]):
                     batch = self._allocate(stretch.n_rows)
                     _pick(rows, stretch, batch)
                     yield batch
-                spare.append(rows)
+                self._spare.append(rows)
 
     def _buffer(self) -> Rows:
-        """Return tensors for the rows of the largest group."""
-        most = self._deal(n_workers=1).group_batches * self._settings.batch_size
-        return self._reader.allocate(min(most, self._reader.n_rows), pinned=False)
+        """Return tensors for the rows of the largest group.
+
+        Their memory is numpy's, which asks for huge pages: rows here and there are found faster in them.
+        """
+        most = min(self._deal(n_workers=1).group_batches * self._settings.batch_size, self._reader.n_rows)
+        return {
+            name: torch.from_numpy(np.empty(most * row.nbytes, np.uint8)).view(row.dtype).reshape(most, *row.shape[1:])
+            for name, row in self._reader.allocate(1, pinned=False).items()
+        }
 
     def _allocate(self, n_rows: int) -> Rows:
         return self._reader.allocate(n_rows, pinned=self._delivery.device.type == "cuda")

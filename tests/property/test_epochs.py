@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 
@@ -232,6 +233,18 @@ class TestMixing:
         for mapped, unpacked in zip(*epochs, strict=True):
             assert mapped.keys() == unpacked.keys()
             assert all(torch.equal(mapped[name], unpacked[name]) for name in mapped)
+
+    def test_buffers_are_used_again_and_stay_in_their_process(self, packed_and_bare):
+        loader = ActivationLoader(packed_and_bare[1], PRE, 32, "blocks", buffer_rows=64)
+        epochs = [list(loader) for _ in range(2)]
+        addresses = {rows[PRE].data_ptr() for rows in loader._spare}
+        epochs.append(list(loader))
+
+        assert {rows[PRE].data_ptr() for rows in loader._spare} == addresses
+        assert len(addresses) == 2
+        assert copy.copy(loader)._spare == []
+        for batch in itertools.chain(*epochs):
+            assert (batch[PRE] == batch["row"][:, None]).all()  # no later epoch has written into it
 
     def test_epochs_and_seeds_have_other_orders(self, tmp_path):
         store = write_store(tmp_path, 300, 64)
