@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import shlex
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from distributed import Security
@@ -29,7 +31,7 @@ def jobs_of_slurm(config: EngineConfig, slurm: SlurmConfig) -> Iterator[Any]:
     Raises:
         ClusterError: dask-jobqueue is missing, or the first jobs cannot be submitted.
     """
-    with slurm_cluster(config, slurm) as cluster:
+    with certificate_in(slurm.shared_folder) as security, slurm_cluster(config, slurm, security) as cluster:
         wanted = config.workers or 1
         cluster.scale(wanted)
         try:
@@ -45,7 +47,28 @@ def jobs_of_slurm(config: EngineConfig, slurm: SlurmConfig) -> Iterator[Any]:
             cluster.loop.add_callback(again.stop)
 
 
-def slurm_cluster(config: EngineConfig, slurm: SlurmConfig) -> Any:
+@contextmanager
+def certificate_in(folder: str) -> Iterator[Security]:
+    """Write a new certificate where all nodes see it, for nobody else to read, and remove it in the end.
+
+    Raises:
+        ClusterError: The folder cannot be written to.
+    """
+    made = Security.temporary()
+    try:
+        private = tempfile.TemporaryDirectory(prefix=".actpipe-", dir=Path(folder).expanduser())
+    except OSError as error:
+        raise ClusterError(f"engine.slurm.shared_folder: the certificate cannot be written there: {error}") from error
+    with private:
+        certificate, key = Path(private.name, "certificate.pem"), Path(private.name, "key.pem")
+        certificate.write_text(made.tls_ca_file)
+        key.write_text(made.tls_worker_key)
+        files = {f"tls_{role}_cert": str(certificate) for role in ("client", "scheduler", "worker")}
+        files |= {f"tls_{role}_key": str(key) for role in ("client", "scheduler", "worker")}
+        yield Security(tls_ca_file=str(certificate), require_encryption=True, **files)
+
+
+def slurm_cluster(config: EngineConfig, slurm: SlurmConfig, security: Security) -> Any:
     """Return a dask-jobqueue cluster that has no jobs yet; `job_script()` of it is what they will be.
 
     Raises:
@@ -72,8 +95,7 @@ def slurm_cluster(config: EngineConfig, slurm: SlurmConfig) -> Any:
             python=f"exec {shlex.quote(sys.executable)}",
             worker_command="actpipe.cluster.job_worker",
             protocol="tls://",
-            security=Security.temporary(),
-            shared_temp_directory=slurm.shared_folder,
+            security=security,
             interface=slurm.interface,
             scheduler_options={
                 "dashboard": port is not None,

@@ -17,7 +17,7 @@ from test_resuming import write_recipe
 from test_workers import actpipe
 
 from actpipe.cluster import batch_systems
-from actpipe.cluster.batch_systems import jobs_of_slurm, kubernetes_spec, slurm_cluster
+from actpipe.cluster.batch_systems import certificate_in, jobs_of_slurm, kubernetes_spec, slurm_cluster
 from actpipe.cluster.job_worker import main as job_worker
 from actpipe.errors import ClusterError
 
@@ -76,18 +76,20 @@ def engine(folder: Path, **slurm) -> EngineConfig:
 
 def test_a_job_asks_for_what_the_recipe_says_and_becomes_a_worker_that_is_told_to_leave(tmp_path):
     config = engine(tmp_path, queue="gpu", account="lab", walltime="02:00:00", cpus=6, memory="48GiB", gpus=2)
-    with slurm_cluster(config, config.slurm) as cluster:
+    with certificate_in(str(tmp_path)) as security, slurm_cluster(config, config.slurm, security) as cluster:
         *header, last = cluster.job_script().strip().splitlines()
-        certificates = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
+        (private,) = tmp_path.iterdir()
+        mode = stat.S_IMODE(private.stat().st_mode)
+        certificates = list(private.iterdir())
 
     asked = {line.removeprefix("#SBATCH ") for line in header if line.startswith("#SBATCH")}
     assert asked >= {"-p gpu", "-A lab", "-t 02:00:00", "--cpus-per-task=6", "--mem=48G", "--gres=gpu:2"}
     assert asked >= {"--signal=B:TERM@120", "--no-requeue"}
     assert last.startswith("exec "), "the shell that SLURM signals must be the worker"
     assert " -m actpipe.cluster.job_worker tls://" in last
-    assert len(certificates) == 3
-    assert set(certificates.values()) == {0o600}
-    assert all(str(tmp_path / name) in last for name in certificates)
+    assert mode == 0o700
+    assert len(certificates) == 2
+    assert all(str(path) in last for path in certificates)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -135,8 +137,16 @@ def test_a_machine_without_slurm_is_told_so(tmp_path, monkeypatch):
 def test_an_interface_that_is_not_there_is_named(tmp_path):
     config = engine(tmp_path, interface="ib7")
 
-    with pytest.raises(ClusterError, match="ib7"):
-        slurm_cluster(config, config.slurm)
+    with pytest.raises(ClusterError, match="ib7"), jobs_of_slurm(config, config.slurm):
+        pass
+
+
+def test_a_shared_folder_that_is_not_there_is_named(tmp_path):
+    config = engine(tmp_path / "none")
+
+    with pytest.raises(ClusterError, match=r"engine\.slurm\.shared_folder: .*none"):
+        with jobs_of_slurm(config, config.slurm):
+            pass
 
 
 def test_a_job_without_a_scheduler_ends_with_one_line(monkeypatch):
