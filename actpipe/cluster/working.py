@@ -6,6 +6,7 @@ import asyncio
 import logging
 import signal
 import uuid
+from contextlib import suppress
 from typing import Any
 
 from distributed import Security, Worker, rpc
@@ -80,9 +81,10 @@ async def _work(scheduler: str, seconds: float | None, options: dict[str, Any]) 
 
 async def _leave(worker: Worker) -> None:
     """Take no more tasks, finish those at hand, then go."""
-    await worker.scheduler.retire_workers(
-        workers=[worker.address], close_workers=False, remove=False, stimulus_id=f"leave-{uuid.uuid4().hex}"
-    )
+    with suppress(OSError):  # the scheduler may be ending too
+        await worker.scheduler.retire_workers(
+            workers=[worker.address], close_workers=False, remove=False, stimulus_id=f"leave-{uuid.uuid4().hex}"
+        )
     while worker.state.executing_count:
         await asyncio.sleep(_LOOK_SECONDS)
     await asyncio.sleep(_TELL_SECONDS)
