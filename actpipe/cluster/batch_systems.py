@@ -111,14 +111,18 @@ def pods_of_kubernetes(config: EngineConfig, kubernetes: KubernetesConfig) -> It
     """Start workers as pods, through dask-kubernetes and its operator.
 
     Raises:
-        ClusterError: dask-kubernetes is missing.
+        ClusterError: dask-kubernetes is missing, or there is no Kubernetes that lets this user in.
     """
     try:
         from dask_kubernetes.operator import KubeCluster
     except ImportError as error:
         raise ClusterError("engine.kubernetes needs `pip install 'actpipe[kubernetes]'` (dask-kubernetes)") from error
     spec = kubernetes_spec(kubernetes, config.workers or 1)
-    with KubeCluster(custom_cluster_spec=spec, namespace=kubernetes.namespace, quiet=True) as cluster:
+    try:
+        pods = KubeCluster(custom_cluster_spec=spec, namespace=kubernetes.namespace, quiet=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ClusterError(f"no pods can be started in Kubernetes: {error}; see docs/cluster.md") from error
+    with pods as cluster:
         yield cluster
 
 

@@ -8,8 +8,7 @@ import pytest
 from support import ROOT
 
 from actpipe.contexts import load_recipe
-from actpipe.recipes import read_any
-from actpipe.running import plan_recipe
+from actpipe.running import plan_recipe, read_any
 
 RECIPES = sorted((ROOT / "workflows").glob("*.yaml"))
 SHIPPED = [path for path in RECIPES if "name: data/" in path.read_text()]
