@@ -32,14 +32,22 @@ def jobs_of_slurm(config: EngineConfig, slurm: SlurmConfig) -> Iterator[Any]:
         ClusterError: dask-jobqueue is missing, or the first jobs cannot be submitted.
     """
     with certificate_in(slurm.shared_folder) as security, slurm_cluster(config, slurm, security) as cluster:
-        wanted = config.workers or 1
-        cluster.scale(wanted)
+        for _ in range(config.workers or 1):
+            cluster.worker_spec.update(cluster.new_worker_spec())
         try:
             cluster.sync(cluster._correct_state)
         except (OSError, RuntimeError) as error:
             raise ClusterError(f"no job can be submitted with `sbatch`: {error}") from error
-        # A job that has ended stays in the cluster's plan, and is submitted again when the plan is looked at.
-        again = PeriodicCallback(lambda: cluster.scale(wanted), _REPLACE_SECONDS * 1000)
+
+        async def submit_again() -> None:
+            """Submit anew what has ended; what `sbatch` refuses now is submitted later."""
+            try:
+                await cluster._correct_state()
+            except (OSError, RuntimeError):
+                for name in [name for name, job in cluster.workers.items() if job.job_id is None]:
+                    del cluster.workers[name]
+
+        again = PeriodicCallback(submit_again, _REPLACE_SECONDS * 1000)
         cluster.loop.add_callback(again.start)
         try:
             yield cluster

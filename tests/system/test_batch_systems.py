@@ -14,7 +14,7 @@ from actpipe.schemas.engine import EngineConfig
 from distributed import Client
 from support import all_bytes, make_recipe
 from test_resuming import write_recipe
-from test_workers import actpipe
+from test_workers import SINGLE, actpipe
 
 from actpipe.cluster import batch_systems
 from actpipe.cluster.batch_systems import certificate_in, jobs_of_slurm, kubernetes_spec, slurm_cluster
@@ -41,7 +41,9 @@ def slurm(tmp_path, monkeypatch):
     for name, text in (("sbatch", SBATCH), ("scancel", SCANCEL)):
         (folder / name).write_text(text)
         (folder / name).chmod(stat.S_IRWXU)
-    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    path = f"{folder}:{os.environ['PATH']}"
+    monkeypatch.setenv("PATH", path)
+    monkeypatch.setitem(SINGLE, "PATH", path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     yield folder
     for job in jobs_in(folder):
