@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from distributed import Security
+from distributed.core import Status
 from tornado.ioloop import PeriodicCallback
 
 from actpipe.errors import ClusterError
@@ -37,6 +38,7 @@ def jobs_of_slurm(config: EngineConfig, slurm: SlurmConfig) -> Iterator[Any]:
         try:
             cluster.sync(cluster._correct_state)
         except (OSError, RuntimeError) as error:
+            _forget_refused(cluster)
             raise ClusterError(f"no job can be submitted with `sbatch`: {error}") from error
 
         async def submit_again() -> None:
@@ -44,8 +46,7 @@ def jobs_of_slurm(config: EngineConfig, slurm: SlurmConfig) -> Iterator[Any]:
             try:
                 await cluster._correct_state()
             except (OSError, RuntimeError):
-                for name in [name for name, job in cluster.workers.items() if job.job_id is None]:
-                    del cluster.workers[name]
+                _forget_refused(cluster)
 
         again = PeriodicCallback(submit_again, _REPLACE_SECONDS * 1000)
         cluster.loop.add_callback(again.start)
@@ -53,6 +54,14 @@ def jobs_of_slurm(config: EngineConfig, slurm: SlurmConfig) -> Iterator[Any]:
             yield cluster
         finally:
             cluster.loop.add_callback(again.stop)
+
+
+def _forget_refused(cluster: Any) -> None:
+    """Take out the jobs that were not submitted: the cluster takes them for started, and does not close with them."""
+    for name, job in [*cluster.workers.items()]:
+        if job.job_id is None:
+            job.status = Status.failed
+            del cluster.workers[name]
 
 
 @contextmanager

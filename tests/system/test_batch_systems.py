@@ -136,6 +136,22 @@ def test_a_machine_without_slurm_is_told_so(tmp_path, monkeypatch):
             pass
 
 
+def test_a_job_that_is_refused_later_is_submitted_again(slurm, tmp_path, monkeypatch):
+    monkeypatch.setattr(batch_systems, "_REPLACE_SECONDS", 0.2)
+    config = engine(tmp_path).model_copy(update={"workers": 1})
+    with dask.config.set({"distributed.deploy.lost-worker-timeout": "100ms"}):
+        with jobs_of_slurm(config, config.slurm) as cluster, Client(cluster, set_as_default=False) as client:
+            wait_until(lambda: len(client.nthreads()) == 1)
+            (slurm / "sbatch").write_text('#!/bin/bash\necho refused >> "$0.refused"\nexit 1\n')
+            os.kill(jobs_in(slurm)[0], signal.SIGTERM)
+            wait_until((slurm / "sbatch.refused").is_file)
+            (slurm / "sbatch").write_text(SBATCH)
+            wait_until(lambda: len(jobs_in(slurm)) == 2)
+            wait_until(lambda: len(client.nthreads()) == 1)
+
+    wait_until(lambda: not any(is_running(job) for job in jobs_in(slurm)))
+
+
 def test_an_interface_that_is_not_there_is_named(tmp_path):
     config = engine(tmp_path, interface="ib7")
 
