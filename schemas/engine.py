@@ -21,7 +21,7 @@ class SlurmConfig(Contract):
     account: Label | None = None
     """Account that is charged."""
     walltime: Annotated[str, Field(pattern=r"^(\d+-)?\d{1,2}:\d{2}(:\d{2})?$")] = "04:00:00"
-    """How long a job may run; its worker ends in order before, and another takes its place."""
+    """How long a job may run; its worker ends in order before, and another job takes its place."""
     cpus: PositiveInt = 8
     """Cores of a job."""
     memory: Memory = "64GB"
@@ -30,6 +30,9 @@ class SlurmConfig(Contract):
     """Devices of a job."""
     interface: Label | None = None
     """Network interface between the nodes, such as `ib0`."""
+    shared_folder: Annotated[str, Field(pattern=r"^[~/][A-Za-z0-9._/-]*$")] = "~"
+    """Folder that all nodes see under this path: the run's certificate lies there, for you alone to read, while it is
+    at work."""
 
 
 class KubernetesConfig(Contract):
@@ -37,8 +40,8 @@ class KubernetesConfig(Contract):
 
     image: Label
     """Container image with actpipe in it."""
-    name: Label = "actpipe"
-    """Name of the cluster."""
+    name: Annotated[str, Field(pattern=r"^[a-z]([-a-z0-9]*[a-z0-9])?$", max_length=40)] = "actpipe"
+    """Name of the cluster: small letters, digits and hyphens. One that is there already is used as it is."""
     namespace: Label = "default"
     """Namespace of its pods."""
     cpus: PositiveInt = 8

@@ -12,9 +12,10 @@ from typing import Any
 import dask
 from distributed import Client, LocalCluster, Security
 
+from actpipe.cluster.batch_systems import jobs_of_slurm, pods_of_kubernetes
 from actpipe.errors import ClusterError
 from actpipe.interrupting import INTERRUPTION
-from actpipe.schemas.engine import EngineConfig, KubernetesConfig, SlurmConfig
+from actpipe.schemas.engine import EngineConfig
 from actpipe.telemetry import Telemetry
 
 _CONNECT_SECONDS = 30
@@ -73,16 +74,14 @@ def _client_of(address: str) -> Client:
 def _started(config: EngineConfig) -> Iterator[Any]:
     """Start a cluster of the kind that is asked for."""
     if config.slurm is not None:
-        cluster = _slurm(config.slurm)
+        with jobs_of_slurm(config, config.slurm) as cluster:
+            yield cluster
     elif config.kubernetes is not None:
-        cluster = _kubernetes(config.kubernetes)
+        with pods_of_kubernetes(config, config.kubernetes) as cluster:
+            yield cluster
     else:
         with tempfile.TemporaryDirectory(prefix="actpipe-") as scratch, _local(config, scratch) as cluster:
             yield cluster
-        return
-    with cluster:
-        cluster.scale(config.workers or 1)
-        yield cluster
 
 
 def _local(config: EngineConfig, scratch: str) -> Any:
@@ -118,48 +117,6 @@ def _local(config: EngineConfig, scratch: str) -> Any:
         cluster.worker_spec[name] = worker
     cluster.sync(cluster._correct_state)
     return cluster
-
-
-def _slurm(config: SlurmConfig) -> Any:
-    """Start workers as jobs of SLURM, through dask-jobqueue."""
-    try:
-        from dask_jobqueue import SLURMCluster
-    except ImportError as error:
-        raise ClusterError("engine.slurm needs `pip install 'actpipe[slurm]'` (dask-jobqueue)") from error
-    extra = [f"--gres=gpu:{config.gpus}"] if config.gpus else []
-    return SLURMCluster(
-        queue=config.queue,
-        account=config.account,
-        walltime=config.walltime,
-        cores=_THREADS,
-        processes=1,
-        job_cpu=config.cpus,
-        memory=config.memory,
-        job_extra_directives=[*extra, "--requeue", "--signal=B:TERM@120"],
-        worker_command="actpipe.cluster.working",
-        protocol="tls://",
-        security=Security.temporary(),
-        interface=config.interface,
-    )
-
-
-def _kubernetes(config: KubernetesConfig) -> Any:
-    """Start workers as pods, through dask-kubernetes and its operator."""
-    try:
-        from dask_kubernetes.operator import KubeCluster
-    except ImportError as error:
-        raise ClusterError("engine.kubernetes needs `pip install 'actpipe[kubernetes]'` (dask-kubernetes)") from error
-    limits = {"cpu": str(config.cpus), "memory": config.memory}
-    if config.gpus:
-        limits["nvidia.com/gpu"] = str(config.gpus)
-    return KubeCluster(
-        name=config.name,
-        namespace=config.namespace,
-        image=config.image,
-        n_workers=0,
-        resources={"requests": limits, "limits": limits},
-        worker_command=["python", "-m", "actpipe", "worker"],
-    )
 
 
 def _wait_for_a_worker(client: Client, telemetry: Telemetry) -> None:

@@ -6,6 +6,8 @@ import asyncio
 import logging
 import signal
 import uuid
+from contextlib import suppress
+from typing import Any
 
 from distributed import Security, Worker, rpc
 
@@ -19,7 +21,14 @@ _TELL_SECONDS = 0.5
 """Time in which the scheduler hears of what was finished last."""
 
 
-def work_for(scheduler: str, *, name: str | None, seconds: float | None) -> None:
+def work_for(
+    scheduler: str,
+    *,
+    name: str | None,
+    seconds: float | None,
+    interface: str | None = None,
+    security: Security | None = None,
+) -> None:
     """Do parts for whoever gives some to a scheduler, until it ends or this process is asked to.
 
     SIGTERM and SIGINT let the parts at hand be finished; a second one ends the process at once.
@@ -28,24 +37,27 @@ def work_for(scheduler: str, *, name: str | None, seconds: float | None) -> None
         scheduler: Address, such as `tcp://10.0.0.1:8786`.
         name: Name of the worker in logs and on the dashboard.
         seconds: Leave in order after this time, before a batch system would end the process.
+        interface: Network interface to listen on, such as `ib0`; by default the one that leads to the scheduler.
+        security: Certificates; by default those of Dask's settings.
 
     Raises:
         ClusterError: There is no scheduler at that address.
     """
     logging.getLogger("distributed").setLevel(logging.ERROR)
-    asyncio.run(_work(scheduler, name, seconds))
+    options = {"name": name, "interface": interface, "security": security or Security()}
+    asyncio.run(_work(scheduler, seconds, options))
 
 
-async def _work(scheduler: str, name: str | None, seconds: float | None) -> None:
+async def _work(scheduler: str, seconds: float | None, options: dict[str, Any]) -> None:
     try:
-        async with rpc(scheduler, connection_args=Security().get_connection_args("worker")) as there:
+        async with rpc(scheduler, connection_args=options["security"].get_connection_args("worker")) as there:
             await there.identity()
     except (OSError, TimeoutError, ValueError) as error:
         raise ClusterError(
             f"there is no Dask scheduler at {scheduler} ({error}); start one with `dask scheduler`"
         ) from error
     worker = await Worker(
-        scheduler, nthreads=_TASKS, name=name, resources={RESOURCE: 1}, memory_limit=0, dashboard=False
+        scheduler, nthreads=_TASKS, resources={RESOURCE: 1}, memory_limit=0, dashboard=False, **options
     )
     asked = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -69,9 +81,10 @@ async def _work(scheduler: str, name: str | None, seconds: float | None) -> None
 
 async def _leave(worker: Worker) -> None:
     """Take no more tasks, finish those at hand, then go."""
-    await worker.scheduler.retire_workers(
-        workers=[worker.address], close_workers=False, remove=False, stimulus_id=f"leave-{uuid.uuid4().hex}"
-    )
+    with suppress(OSError):  # the scheduler may be ending too
+        await worker.scheduler.retire_workers(
+            workers=[worker.address], close_workers=False, remove=False, stimulus_id=f"leave-{uuid.uuid4().hex}"
+        )
     while worker.state.executing_count:
         await asyncio.sleep(_LOOK_SECONDS)
     await asyncio.sleep(_TELL_SECONDS)
