@@ -103,6 +103,15 @@ def test_a_killed_worker_costs_no_more_than_the_parts_that_it_was_at_work_on(tmp
     assert events(out, "retry")
 
 
+def test_when_all_workers_are_killed_those_that_take_their_place_go_on(tmp_path, by_one_process, faults):
+    process, _, out = begin(tmp_path, faults)
+    for worker in workers_of(process):
+        worker.kill()
+    faults.go_on()
+    end_of(process)
+    assert all_bytes(out) == by_one_process
+
+
 def test_what_fails_on_a_worker_is_done_again(tmp_path, by_one_process, faults):
     recipe = write_recipe(make_long_recipe(**LOCAL), tmp_path / "recipe.yaml")
     faults.fail(1)
