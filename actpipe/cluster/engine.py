@@ -36,6 +36,7 @@ _AHEAD = 4
 _ITEMS_AHEAD = 4
 _LEAVE_SECONDS = 10
 _FETCH_SECONDS = 30
+_STUCK_SECONDS = 5
 
 
 class DaskEngine:
@@ -197,6 +198,7 @@ class _Watch:
 
     def do(self, parts: Sequence[Part], work: DoesParts) -> None:
         self._work = work
+        self._all_wait_since: float | None = None
         self._ledger = Ledger(
             parts,
             retries=self._config.retries,
@@ -234,8 +236,10 @@ class _Watch:
             self._submit(self._ledger.next_part())
 
     def _submit(self, part: Part) -> None:
-        attempt = self._ledger.hand_over(part, time.monotonic())
-        others = sorted(self._workers - self._ledger.workers_to_avoid(part))
+        self._give(self._ledger.hand_over(part, time.monotonic()))
+
+    def _give(self, attempt: Attempt) -> None:
+        others = sorted(self._workers - self._ledger.workers_to_avoid(attempt.part))
         avoided = others and len(others) < len(self._workers)
         avoid = {"workers": others, "allow_other_workers": True} if avoided else {}
         future = self._client.submit(
@@ -244,8 +248,8 @@ class _Watch:
             attempt.key,
             self._work_key,
             self._work,
-            part,
-            key=f"{self._work_key}-{attempt.key}",
+            attempt.part,
+            key=f"{attempt.key}-{uuid.uuid4().hex[:12]}",
             resources={RESOURCE: SHARE},
             pure=False,
             **avoid,
@@ -271,8 +275,9 @@ class _Watch:
 
     def _end(self, key: str, future: Future) -> None:
         self._hung.pop(key, None)
-        if self._futures.pop(key, None) is None:
-            return  # another attempt was first
+        if self._futures.get(key) is not future:
+            return  # another attempt was first, or this one was given anew
+        del self._futures[key]
         done = _outcome_of(future)
         if isinstance(done, Report):
             self._sites[done.worker] = done
@@ -311,6 +316,7 @@ class _Watch:
         self._telemetry.gauge("workers", len(self._workers))
         self._telemetry.gauge("parts_in_flight", self._ledger.n_under_way)
         now = time.monotonic()
+        self._give_anew_what_is_stuck(now)
         if len(self._workers) > 1 and not INTERRUPTION.asked:
             for attempt in self._ledger.slow(now):
                 self._telemetry.event("slow", part=attempt.part.index, worker=attempt.worker)
@@ -320,6 +326,23 @@ class _Watch:
                 del self._hung[key]
                 self._telemetry.event("restart", worker=attempt.worker)
                 self._client.loop.add_callback(_restart, self._client, attempt.worker)
+
+    def _give_anew_what_is_stuck(self, now: float) -> None:
+        """Hand out anew what waits for workers that are gone, where there are others, and none of them has work.
+
+        Dask keeps tasks that no worker could take when they came, or when the last worker went, for ever.
+        """
+        stuck = self._ledger.not_at_work(self._workers)
+        if not self._workers or len(stuck) < self._ledger.n_under_way:
+            self._all_wait_since = None
+        elif self._all_wait_since is None:
+            self._all_wait_since = now
+        elif now - self._all_wait_since > _STUCK_SECONDS:
+            self._all_wait_since = now
+            for attempt in stuck:
+                self._futures.pop(attempt.key).cancel()
+                attempt.begun = attempt.worker = None
+                self._give(attempt)
 
     def _show(self) -> None:
         """Bring the meter up to what is done: whole parts, and what workers tell of those under way."""

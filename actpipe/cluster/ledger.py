@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 
 from actpipe.records import Part
@@ -153,6 +153,11 @@ class Ledger:
         """Return the attempts that no worker has taken up."""
         attempts = (state.attempts[key] for key, state in self._attempts.items())
         return [attempt for attempt in attempts if attempt.begun is None]
+
+    def not_at_work(self, workers: Container[str]) -> list[Attempt]:
+        """Return the attempts that none of these workers has taken up."""
+        attempts = (state.attempts[key] for key, state in self._attempts.items())
+        return [attempt for attempt in attempts if attempt.begun is None or attempt.worker not in workers]
 
     def workers_to_avoid(self, part: Part) -> set[str]:
         """Return the workers that failed at a part, or are slow with it."""

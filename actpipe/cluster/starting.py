@@ -13,6 +13,7 @@ import dask
 from distributed import Client, LocalCluster, Security
 
 from actpipe.cluster.batch_systems import jobs_of_slurm, pods_of_kubernetes
+from actpipe.cluster.site import RESOURCE
 from actpipe.errors import ClusterError
 from actpipe.interrupting import INTERRUPTION
 from actpipe.schemas.engine import EngineConfig
@@ -104,6 +105,7 @@ def _local(config: EngineConfig, scratch: str) -> Any:
         silence_logs=logging.CRITICAL,
         env=environment,
         preload=[_NOT_FOR_WORKERS],
+        resources={RESOURCE: 1},
     )
     for number in range(n_workers):
         mine = devices[number * per_worker % len(devices) :][:per_worker] if devices else []

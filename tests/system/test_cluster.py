@@ -93,6 +93,7 @@ def test_two_workers_write_what_one_process_writes_in_every_stage(tmp_path):
     assert {"results/sums.json", "corpora/told/commits/tokens.json"} <= two.keys()
 
 
+@pytest.mark.slow
 def test_a_killed_worker_costs_no_more_than_the_parts_that_it_was_at_work_on(tmp_path, by_one_process, faults):
     process, _, out = begin(tmp_path, faults)
     workers_of(process)[0].kill()
@@ -103,6 +104,16 @@ def test_a_killed_worker_costs_no_more_than_the_parts_that_it_was_at_work_on(tmp
     assert events(out, "retry")
 
 
+def test_when_all_workers_are_killed_those_that_take_their_place_go_on(tmp_path, by_one_process, faults):
+    process, _, out = begin(tmp_path, faults)
+    for worker in workers_of(process):
+        worker.kill()
+    faults.go_on()
+    end_of(process)
+    assert all_bytes(out) == by_one_process
+
+
+@pytest.mark.slow
 def test_what_fails_on_a_worker_is_done_again(tmp_path, by_one_process, faults):
     recipe = write_recipe(make_long_recipe(**LOCAL), tmp_path / "recipe.yaml")
     faults.fail(1)
@@ -122,7 +133,7 @@ def test_what_fails_again_and_again_ends_the_run_with_its_part_and_its_error(tmp
     )
     assert "Traceback" not in output
     assert not list((tmp_path / "run/.partial").glob("*"))
-    finish(recipe, tmp_path / "run")
+    finish(write_recipe(make_long_recipe(), recipe), tmp_path / "run")
     assert all_bytes(tmp_path / "run") == by_one_process
 
 

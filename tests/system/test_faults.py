@@ -77,6 +77,7 @@ def test_a_disk_that_is_full_on_a_worker_ends_the_run_and_it_continues_once_ther
 MEMORY = {"memory": "1500MB"}
 
 
+@pytest.mark.slow
 def test_a_worker_out_of_memory_is_ended_and_its_parts_are_done_again(tmp_path, by_one_process, faults):
     recipe = write_recipe(make_long_recipe(**LOCAL, **MEMORY), tmp_path / "recipe.yaml")
     faults.hog(1, 2 * 10**9)
@@ -150,6 +151,7 @@ class Wire:
             end.close()
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_cut_off_from_the_scheduler_loses_its_parts_to_others(tmp_path, by_one_process, faults):
     scheduler, address = start_scheduler()
     wire = Wire(int(address.rpartition(":")[2]))

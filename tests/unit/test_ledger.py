@@ -147,6 +147,14 @@ def test_what_no_one_began_can_be_taken_back_and_waits_before_all_others():
     assert ledger.finish(first.key, 1.0) == []
 
 
+def test_an_attempt_of_a_worker_that_is_gone_is_at_work_nowhere():
+    ledger = make(3)
+    attempts = [begun(ledger, worker) for worker in "ab"] + [ledger.hand_over(ledger.next_part(), 0.0)]
+    assert ledger.not_at_work({"a", "b"}) == attempts[2:]
+    assert ledger.not_at_work({"b", "c"}) == [attempts[0], attempts[2]]
+    assert ledger.not_at_work(set()) == attempts
+
+
 def test_taking_back_one_of_two_attempts_leaves_the_part_with_the_other():
     ledger = make(1)
     first = begun(ledger)
