@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -30,6 +31,11 @@ WAYS_OUT = {
     errno.EMFILE: "allow more open files with `ulimit -n`",
 }
 """What to do about a disk that takes nothing, by the number of the error; trying again would not help."""
+
+HALF_WRITTEN = re.compile(
+    r"\.(run\.yaml|tokens\.json|rows\.json|part-\d{8}\.json|report\.html|\.lock|[a-z0-9][a-z0-9_-]*\.json)\.[0-9a-f]{12}"
+)
+"""What `write_whole` and the lock call a file before it has its name; a killed run may leave one, the next clears it."""
 
 
 @dataclass(frozen=True)
