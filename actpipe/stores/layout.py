@@ -35,7 +35,7 @@ WAYS_OUT = {
 HALF_WRITTEN = re.compile(
     r"\.(run\.yaml|tokens\.json|rows\.json|part-\d{8}\.json|report\.html|\.lock|[a-z0-9][a-z0-9_-]*\.json)\.[0-9a-f]{12}"
 )
-"""What `write_whole` and the lock call a file before it has its name; a killed run may leave one, the next clears it."""
+"""What `write_whole` and the lock call a file before it has its name; the next run clears what a killed one left."""
 
 
 @dataclass(frozen=True)
