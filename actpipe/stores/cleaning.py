@@ -8,15 +8,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from actpipe.stores.claims import CLAIMS
-from actpipe.stores.layout import RunFolder
+from actpipe.stores.layout import HALF_WRITTEN, RunFolder
 from actpipe.stores.verifying import corpora
 
 _ON_ITS_WAY = re.compile(r".+-[0-9a-f]{12}")
 """What `RunFolder.new_partial` calls a folder."""
-_HALF_WRITTEN = re.compile(
-    r"\.(run\.yaml|tokens\.json|rows\.json|part-\d{8}\.json|report\.html|\.lock|[a-z0-9][a-z0-9_-]*\.json)\.[0-9a-f]{12}"
-)
-"""What `write_whole` and the lock call a file before it has its name."""
 
 
 def abandoned(run: RunFolder) -> list[Path]:
@@ -25,7 +21,7 @@ def abandoned(run: RunFolder) -> list[Path]:
     for folder in corpora(run).values():
         found += [path for path in _children(folder.partial) if _ON_ITS_WAY.fullmatch(path.name) or path.name == CLAIMS]
         for place in (folder.root, folder.commits, folder.results):
-            found += [path for path in _children(place) if _HALF_WRITTEN.fullmatch(path.name) and path.is_file()]
+            found += [path for path in _children(place) if HALF_WRITTEN.fullmatch(path.name) and path.is_file()]
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -35,6 +36,11 @@ WAYS_OUT = {
 """What to do about a disk that takes nothing, by the number of the error; trying again would not help."""
 _NEEDS_SOMEONE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE}
 """Trouble that does not pass by itself."""
+
+HALF_WRITTEN = re.compile(
+    r"\.(run\.yaml|tokens\.json|rows\.json|part-\d{8}\.json|report\.html|\.lock|[a-z0-9][a-z0-9_-]*\.json)\.[0-9a-f]{12}"
+)
+"""What `write_whole` and the lock call a file before it has its name; the next run clears what a killed one left."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from actpipe.schemas.manifest import StoreManifest
 from actpipe.schemas.results import ResultRecord
 from actpipe.stores.encoding import chunk_paths
 from actpipe.stores.kept_rows import read_kept_rows
-from actpipe.stores.layout import RunFolder, crc32c_of, sha256_of
+from actpipe.stores.layout import HALF_WRITTEN, RunFolder, crc32c_of, sha256_of
 from actpipe.stores.remote import as_kept, kept_chunks
 from actpipe.stores.results import files_of
 from actpipe.stores.token_table import TokenTable
@@ -244,7 +244,7 @@ def _foreign_files(folder: RunFolder, manifest: StoreManifest, parts: tuple[Part
     records = {folder.part_commit(part.index) for part in parts}
     records |= {folder.token_commit, folder.withdrawn_tokens, folder.rows_commit, folder.batch_tokens}
     for path in sorted(folder.commits.iterdir()) if folder.commits.is_dir() else ():
-        if path not in records:
+        if path not in records and not HALF_WRITTEN.fullmatch(path.name):
             yield Problem(f"commits/{path.name}", "is no record of this store", Remedy.NONE)
 
 

@@ -175,6 +175,19 @@ def test_a_worker_that_is_cut_off_from_the_scheduler_loses_its_parts_to_others(t
     assert find_problems(RunFolder(out)) == []
 
 
+def test_a_record_that_a_killed_run_has_half_written_is_no_foreign_file_and_the_next_run_clears_it(corpus, tmp_path):
+    recipe, out = make_recipe(corpus), tmp_path / "run"
+    run(recipe, out)
+    record = out / "commits/part-00000001.json"
+    half = record.with_name(f".{record.name}.a9bc5141d80e")
+    half.write_bytes(record.read_bytes()[:100])
+    record.unlink()
+    assert [problem.remedy for problem in find_problems(RunFolder(out))] == [Remedy.RESUME]
+    run(recipe, out)
+    assert not half.exists()
+    assert find_problems(RunFolder(out)) == []
+
+
 def break_shard(folder, kind):
     """Make three shards, the second of them broken; return the pattern of all, and what an error must say."""
     for number in range(3):
