@@ -23,15 +23,18 @@ from support import INDUCTION, MODELS, make_recipe, run
 
 import actpipe
 from actpipe import FactoredMatrix, HookedModel
-from actpipe.compute.attribution import FoldedUnembedding, attribute_components, fold_unembedding
+from actpipe.compute.attribution import attribute_components
 from actpipe.compute.evaluating import second_copy
-from actpipe.compute.heads import MEASURES, detection_pattern, score_heads
+from actpipe.compute.heads import MEASURES, score_heads
+from actpipe.compute.patterns import NAMED_PATTERNS
 from actpipe.errors import ActpipeError, IncompleteStoreError, UnsupportedModelError
 from actpipe.extraction.evaluating import answer_names, induction_ids, name_prompts
-from actpipe.jobs.attribution import AttributionWeights, Target, attribute_store, column_labels
+from actpipe.jobs.attribution import attribute_store
+from actpipe.jobs.attribution_columns import attribution_columns
+from actpipe.jobs.attribution_targets import Target
 from actpipe.jobs.heads import score_store_heads
 from actpipe.jobs.residual import components_of
-from actpipe.lenses import lens_of
+from actpipe.lenses import attribution_weights, lens_of
 from actpipe.models.circuits import open_circuits, score_circuits, score_compositions
 from actpipe.models.processing import process_weights
 
@@ -274,26 +277,19 @@ def test_logits_of_every_stream_at_the_last_ones_scale_are_theirs(subject):
         assert_close(ours, theirs if cap is None else cap * np.tanh(theirs / cap))
 
 
-def unembedding(subject: Subject) -> FoldedUnembedding:
-    """Return the unembedding with the final norm folded in."""
-    weights, norm = subject.model.weights, subject.store.shape.norm
-    arrays = (weights[name].numpy() for name in ("unembed.W_U", "unembed.b_U", "ln_final.w"))
-    return fold_unembedding(*arrays, weights["ln_final.b"].numpy() if norm == "LN" else None, norm)
-
-
 @cache
 def attribution(subject: Subject, target: Target) -> dict[str, np.ndarray]:
     """Return what every component and head adds to a logit, `(batch, position)` by label."""
-    weights = subject.model.weights
     rows: list[np.ndarray] = []
     attribute_store(
         subject.store,
-        AttributionWeights(unembedding(subject), weights.W_O.numpy(), weights.b_O.numpy()),
+        attribution_weights(subject.model),
         block_bytes=2**20,
         target=target,
-        keep=lambda _, block: rows.append(block),
+        keep=lambda _, block, __: rows.append(block[:, 0]),
     )
-    labels = column_labels(components_of(subject.store), N_LAYERS, N_HEADS, heads=True)
+    columns = attribution_columns(components_of(subject.store), subject.store.shape, heads=True)
+    labels = [column.label for column in columns]
     return dict(zip(labels, subject.by_position(np.concatenate(rows).T), strict=True))
 
 
@@ -332,7 +328,7 @@ def test_logits_are_shared_out_as_with_folded_weights(subject):
 
 def test_centred_weights_share_out_logits_less_their_mean_over_the_vocabulary(subject):
     components, _ = actpipe.decompose_resid(subject.store)
-    mean = np.broadcast_to(unembedding(subject).directions.mean(0), components.shape[1:])
+    mean = np.broadcast_to(folded_unembedding(subject.model).directions.mean(0), components.shape[1:])
     scale = subject.store["ln_final.hook_scale"].compute()[:, 0]
     of_mean = subject.by_position(attribute_components(components.compute(), mean, scale).T)
 
@@ -364,7 +360,7 @@ def recorded_pattern(name: str, ids: np.ndarray) -> np.ndarray:
     """Return a detection pattern by name, or the custom one of the recording: attention to all alike."""
     if name == "uniform":
         return (np.tril(np.ones((len(ids), len(ids)))) / np.arange(1, len(ids) + 1)[:, None]).astype(np.float32)
-    return detection_pattern(name, ids)
+    return NAMED_PATTERNS[name].of(ids)
 
 
 def scores(subject: Subject, sequence: int, pattern: str, **options: bool) -> np.ndarray:
@@ -394,9 +390,12 @@ def test_scores_of_heads_are_those_of_detect_head(subject):
 def test_scores_of_a_store_are_the_means_of_its_sequences_and_keep_the_options(subject, options):
     both = {"exclude_bos": False, "exclude_current_token": False} | options
     patterns = ("previous_token_head", "induction_head")
-    ours, n_sequences = score_store_heads(subject.store, patterns, (0, 1), **both, block_bytes=2**20)
+    found = score_store_heads(
+        subject.store, [NAMED_PATTERNS[name] for name in patterns], (0, 1), **both, block_bytes=2**20
+    )
+    ours = found.scores
 
-    assert n_sequences == 2
+    assert found.n_sequences == 2
     for measure, pattern in ((measure, pattern) for measure in ("mul", "abs") for pattern in patterns):
         theirs = calls(subject.family, "detect_head", error_measure=measure, pattern=pattern, **both)
         found = ours[MEASURES.index(measure), patterns.index(pattern)]
@@ -411,7 +410,9 @@ def test_for_a_list_of_prompts_detect_head_drops_what_it_was_asked_for(subject):
         assert call.values is None
         return
     asked_for = {"exclude_bos": True, "exclude_current_token": False}
-    ours, _ = score_store_heads(subject.store, ("induction_head",), (0, 1), **asked_for, block_bytes=2**20)
+    ours = score_store_heads(
+        subject.store, [NAMED_PATTERNS["induction_head"]], (0, 1), **asked_for, block_bytes=2**20
+    ).scores
     plain = [
         one.values
         for one in calls(
