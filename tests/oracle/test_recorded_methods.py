@@ -37,6 +37,7 @@ from actpipe.jobs.residual import components_of
 from actpipe.lenses import attribution_weights, lens_of
 from actpipe.models.circuits import open_circuits, score_circuits, score_compositions
 from actpipe.models.processing import process_weights
+from actpipe.unembedding import folded_unembedding
 
 RECORDED = Path(__file__).parent / "methods"
 FAMILIES = ["bloom", "gemma2", "gpt2", "llama", "phi", "qwen3"]
