@@ -25,7 +25,7 @@ from actpipe.jobs.blocks import computed_by
 from actpipe.records import Part
 from actpipe.schemas.engine import EngineConfig
 from actpipe.stage import DoesParts, MapsItems, RunContext
-from actpipe.stores.layout import WAYS_OUT
+from actpipe.stores.layout import SAME_EVERYWHERE
 from actpipe.stores.remote import fetch_pieces, publish_all, remote_of
 from actpipe.telemetry import Meter
 
@@ -381,4 +381,4 @@ def _said(error: BaseException) -> str:
 
 def _is_final(error: BaseException) -> bool:
     """Whether trying again would end in the same way: what was said on purpose, and a disk that takes nothing."""
-    return isinstance(error, ActpipeError) or (isinstance(error, OSError) and error.errno in WAYS_OUT)
+    return isinstance(error, ActpipeError) or (isinstance(error, OSError) and error.errno in SAME_EVERYWHERE)

@@ -33,9 +33,11 @@ WAYS_OUT = {
     errno.ETIMEDOUT: "see that its server answers",
     errno.EMFILE: "allow more open files with `ulimit -n`",
 }
-"""What to do about a disk that takes nothing, by the number of the error; trying again would not help."""
+"""What to do about a disk that takes nothing, by the number of the error."""
 _NEEDS_SOMEONE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE}
 """Trouble that does not pass by itself."""
+SAME_EVERYWHERE = _NEEDS_SOMEONE | {errno.ENOSPC, errno.EDQUOT}
+"""Trouble that another host would have with the same folder, too."""
 
 HALF_WRITTEN = re.compile(
     r"\.(run\.yaml|tokens\.json|rows\.json|part-\d{8}\.json|report\.html|\.lock|[a-z0-9][a-z0-9_-]*\.json)\.[0-9a-f]{12}"

@@ -125,7 +125,7 @@ def test_what_fails_on_a_worker_is_done_again(tmp_path, by_one_process, faults):
 def test_what_fails_again_and_again_ends_the_run_with_its_part_and_its_error(tmp_path, by_one_process, faults):
     recipe = write_recipe(make_long_recipe(**LOCAL, retries=1), tmp_path / "recipe.yaml")
     faults.fail(200)
-    output = finish(recipe, tmp_path / "run", 1, **faults.environment)
+    output = finish(recipe, tmp_path / "run", 75, **faults.environment)
     assert re.search(
         r"error: tokens [\d,]+ to [\d,]+ \(part \d+\) failed 2 times, at last with OSError: .*the file server is "
         "away; what is committed stays valid, the same command continues",
@@ -149,7 +149,7 @@ def test_workers_may_come_and_go_and_so_may_the_scheduler(tmp_path, by_one_proce
             faults.stop_at(12, out)
             wait_for_commits(process, out, 12)
             scheduler.kill()
-            output = end_of(process, 1)
+            output = end_of(process, 75)
     assert "the scheduler of the cluster is gone; what is committed stays valid" in output
     assert "Traceback" not in output
 

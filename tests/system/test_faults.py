@@ -63,7 +63,7 @@ def test_a_disk_that_is_full_on_a_worker_ends_the_run_and_it_continues_once_ther
         pytest.skip("mounting is not permitted here")
     try:
         recipe = write_recipe(make_long_recipe(**LOCAL), tmp_path / "recipe.yaml")
-        output = finish(recipe, disk / "run", 1)
+        output = finish(recipe, disk / "run", 75)
         assert re.search(r"error: stopped at .*: no space left on device; free some space and give the same", output)
         assert "Traceback" not in output
         assert {problem.remedy for problem in find_problems(RunFolder(disk / "run"))} == {Remedy.RESUME}
@@ -89,7 +89,7 @@ def test_a_worker_out_of_memory_is_ended_and_its_parts_are_done_again(tmp_path, 
 def test_a_part_for_which_no_worker_has_memory_is_named(tmp_path, faults):
     recipe = write_recipe(make_long_recipe(**LOCAL, **MEMORY, retries=0), tmp_path / "recipe.yaml")
     faults.hog(100, 2 * 10**9)
-    output = finish(recipe, tmp_path / "run", 1, **faults.environment)
+    output = finish(recipe, tmp_path / "run", 75, **faults.environment)
     assert re.search(r"\(part \d+\) failed once, at last with the worker at \S+ ended .*out of memory", output)
     assert "Traceback" not in output
     assert {problem.remedy for problem in find_problems(RunFolder(tmp_path / "run"))} == {Remedy.RESUME}
