@@ -104,6 +104,7 @@ def test_a_killed_worker_costs_no_more_than_the_parts_that_it_was_at_work_on(tmp
     assert events(out, "retry")
 
 
+@pytest.mark.slow
 def test_when_all_workers_are_killed_those_that_take_their_place_go_on(tmp_path, by_one_process, faults):
     process, _, out = begin(tmp_path, faults)
     for worker in workers_of(process):
@@ -122,6 +123,7 @@ def test_what_fails_on_a_worker_is_done_again(tmp_path, by_one_process, faults):
     assert "the file server is away" in events(tmp_path / "run", "retry")[0]["message"]
 
 
+@pytest.mark.slow
 def test_what_fails_again_and_again_ends_the_run_with_its_part_and_its_error(tmp_path, by_one_process, faults):
     recipe = write_recipe(make_long_recipe(**LOCAL, retries=1), tmp_path / "recipe.yaml")
     faults.fail(200)
@@ -137,6 +139,7 @@ def test_what_fails_again_and_again_ends_the_run_with_its_part_and_its_error(tmp
     assert all_bytes(tmp_path / "run") == by_one_process
 
 
+@pytest.mark.slow
 def test_workers_may_come_and_go_and_so_may_the_scheduler(tmp_path, by_one_process, faults):
     scheduler, address = start_scheduler()
     first = start_worker(address, tmp_path / "scratch", **faults.environment)
@@ -157,6 +160,7 @@ def test_workers_may_come_and_go_and_so_may_the_scheduler(tmp_path, by_one_proce
     assert all_bytes(out) == by_one_process
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_asked_to_end_it_ends_in_order_and_continues(tmp_path, by_one_process, faults, number, code):
     process, recipe, out = begin(tmp_path, faults)

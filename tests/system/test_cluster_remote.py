@@ -39,6 +39,7 @@ MORE_STAGES = [
 ]
 
 
+@pytest.mark.slow
 def test_a_run_by_workers_without_a_common_disk_has_the_bytes_of_one_process(server, bucket, tmp_path):
     with flaky(server) as (endpoint, requests):
         recipes = {}

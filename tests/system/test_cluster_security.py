@@ -130,6 +130,7 @@ def certificates(tmp_path):
     return {f"DASK_DISTRIBUTED__COMM__{key}": value for key, value in settings.items()}
 
 
+@pytest.mark.slow
 def test_a_cluster_with_certificates_of_ones_own_works_for_those_who_have_them(tmp_path, certificates):
     scheduler, address = start_scheduler("tls", **certificates)
     worker = start_worker(address, tmp_path / "scratch", **certificates)

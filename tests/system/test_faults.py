@@ -54,6 +54,7 @@ def events(out, kind):
     return [line for line in lines if line["event"] == kind]
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_on_a_worker_ends_the_run_and_it_continues_once_there_is_room(tmp_path, by_one_process):
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -86,6 +87,7 @@ def test_a_worker_out_of_memory_is_ended_and_its_parts_are_done_again(tmp_path, 
     assert {event["error"] for event in events(tmp_path / "run", "retry")} == {"KilledWorker"}
 
 
+@pytest.mark.slow
 def test_a_part_for_which_no_worker_has_memory_is_named(tmp_path, faults):
     recipe = write_recipe(make_long_recipe(**LOCAL, **MEMORY, retries=0), tmp_path / "recipe.yaml")
     faults.hog(100, 2 * 10**9)
@@ -95,6 +97,7 @@ def test_a_part_for_which_no_worker_has_memory_is_named(tmp_path, faults):
     assert {problem.remedy for problem in find_problems(RunFolder(tmp_path / "run"))} == {Remedy.RESUME}
 
 
+@pytest.mark.slow
 def test_a_worker_that_hangs_is_not_waited_for_and_spoils_nothing_once_it_goes_on(tmp_path, by_one_process, faults):
     scheduler, address = start_scheduler()
     workers = [start_worker(address, tmp_path / "scratch", **faults.environment) for _ in range(2)]
