@@ -59,7 +59,7 @@ def test_it_works_from_an_empty_folder(wheel, tmp_path):
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
 
-    assert result.stdout == "actpipe.stages.tokenize_text 4\n", result.stderr
+    assert result.stdout == "actpipe.stages.tokenize_text 5\n", result.stderr
 
 
 def test_stages_of_other_packages_are_found(tmp_path, corpus):

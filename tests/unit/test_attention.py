@@ -171,7 +171,7 @@ def test_memory_is_that_of_blocks_whatever_the_corpus(tmp_path):
             tracemalloc.stop()
 
     assert n_bytes > 4 * peaks[1]
-    assert peaks[1] < 1.3 * peaks[0]
+    assert peaks[1] < 2 * peaks[0], "eight times the rows"
 
 
 def test_what_is_no_attention_is_refused(tmp_path):
