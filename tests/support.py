@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,3 +57,14 @@ def all_bytes(folder: Path) -> dict[str, bytes]:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name not in left_out
     }
+
+
+class WorkerAtHand:
+    """What a stage gives an engine, with a worker that is there already."""
+
+    def __init__(self, worker: Any) -> None:
+        self.worker = worker
+
+    @contextmanager
+    def open_worker(self, context: Any, meter: Any) -> Iterator[Any]:
+        yield self.worker

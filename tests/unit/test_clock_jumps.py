@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from support import WorkerAtHand
 
 from actpipe.errors import RunInUseError
 from actpipe.interrupting import INTERRUPTION
@@ -94,11 +95,11 @@ def test_a_run_that_slept_until_another_took_its_place_ends_before_its_next_part
 
     with only_run_in(RunFolder(tmp_path)) as is_ours:
         with pytest.raises(RunInUseError, match="taken over by process 1 on another-host"):
-            InProcess().run_parts(parts, work)
+            InProcess().run_parts(parts, WorkerAtHand(work), None, None)
         assert not is_ours()
     assert done == parts[:3]
     assert Owner.of(tmp_path / ".lock") == ELSEWHERE
-    InProcess().run_parts(parts, done.append)
+    InProcess().run_parts(parts, WorkerAtHand(done.append), None, None)
     assert len(done) == 13
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import gc
 import signal
-from contextlib import contextmanager
 
 import pytest
+from support import WorkerAtHand
 
 from actpipe.interrupting import INTERRUPTION
 from actpipe.jobs.engine import InProcess
@@ -14,17 +14,6 @@ from actpipe.records import Part
 from actpipe.streaming import BackgroundWorker
 
 PARTS = [Part(number, 10 * number, 10 * number + 10) for number in range(5)]
-
-
-class Work:
-    """What a stage gives an engine, with a worker that is there already."""
-
-    def __init__(self, worker):
-        self.worker = worker
-
-    @contextmanager
-    def open_worker(self, context, meter):
-        yield self.worker
 
 
 class Interrupting:
@@ -45,7 +34,7 @@ def test_a_ctrl_c_lost_in_a_callback_ends_the_run_before_the_next_part():
             gc.collect()
 
     with INTERRUPTION.heard(), pytest.raises(KeyboardInterrupt):
-        InProcess().run_parts(PARTS, Work(work), None, None)
+        InProcess().run_parts(PARTS, WorkerAtHand(work), None, None)
     assert done == PARTS[:2]
 
 
@@ -60,7 +49,7 @@ def test_sigterm_lets_the_part_at_hand_and_all_that_was_handed_over_finish():
 
     with INTERRUPTION.heard(), pytest.raises(SystemExit, match="143"):
         with BackgroundWorker(written.append, 10) as worker:
-            InProcess().run_parts(PARTS, Work(work), None, None)
+            InProcess().run_parts(PARTS, WorkerAtHand(work), None, None)
     assert written == done == PARTS[:2]
 
 
