@@ -15,7 +15,7 @@ demo: $(READY)   ## run the main job on embedded input
 	$(BIN)/actpipe run workflows/quickstart.yaml
 
 test: $(READY)   ## run the tests
-	$(BIN)/pytest -q -n 2 -m 'not slow and not gpu'
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 -m 'not slow and not gpu'
 
 test-slow: $(READY)   ## run the tests that take longer
 	$(BIN)/pytest -q -m 'slow and not gpu'

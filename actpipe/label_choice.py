@@ -9,6 +9,7 @@ from actpipe.errors import RecipeError, did_you_mean
 from actpipe.schemas.base import AnalysisConfig
 from actpipe.schemas.recipe import TokenizeTextConfig
 from actpipe.stage import RunContext
+from actpipe.stores.layout import RunFolder
 from actpipe.stores.token_table import TokenTable
 
 
@@ -26,7 +27,7 @@ def require_labels(context: RunContext, config: AnalysisConfig, columns: Iterabl
     """
     name, tokenizing = result_name(config), context.settings_of(TokenizeTextConfig, config.corpus)
     folder = context.corpus(config)
-    table = TokenTable(folder) if TokenTable.exists(folder) else None
+    table = _readable_table(folder)
     planned = "none" if tokenizing is None else tokenizing.compat
     if {"tl2", "tl3"} & {planned, "none" if table is None else table.manifest.layout}:
         raise RecipeError(
@@ -44,3 +45,11 @@ def require_labels(context: RunContext, config: AnalysisConfig, columns: Iterabl
                 f"{name}: the documents of the corpus {config.corpus!r} have no column {column!r}, only "
                 f"{', '.join(known) or 'none'}{did_you_mean(column, known)}"
             )
+
+
+def _readable_table(folder: RunFolder) -> TokenTable | None:
+    """Return the corpus' token table; none where there is none yet, or a broken one that a repair makes again."""
+    try:
+        return TokenTable(folder) if TokenTable.exists(folder) else None
+    except ValueError:
+        return None

@@ -95,6 +95,7 @@ def test_a_job_asks_for_what_the_recipe_says_and_becomes_a_worker_that_is_told_t
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_job_that_leaves_is_replaced_and_none_is_left_at_the_end(slurm, tmp_path, monkeypatch):
     monkeypatch.setattr(batch_systems, "_REPLACE_SECONDS", 0.2)
     config = engine(tmp_path)
@@ -112,6 +113,7 @@ def test_a_job_that_leaves_is_replaced_and_none_is_left_at_the_end(slurm, tmp_pa
     wait_until(lambda: not any(is_running(job) for job in jobs_in(slurm)))
 
 
+@pytest.mark.slow
 def test_a_run_by_jobs_has_the_bytes_of_one_process(slurm, corpus, tmp_path):
     recipe = make_recipe(corpus, hooks=["blocks.*.hook_resid_post"], metrics=["loss"])
     recipe["stages"][1] |= {"rows_per_part": 64}
@@ -136,6 +138,7 @@ def test_a_machine_without_slurm_is_told_so(tmp_path, monkeypatch):
             pass
 
 
+@pytest.mark.slow
 def test_a_job_that_is_refused_later_is_submitted_again(slurm, tmp_path, monkeypatch):
     monkeypatch.setattr(batch_systems, "_REPLACE_SECONDS", 0.2)
     config = engine(tmp_path).model_copy(update={"workers": 1})

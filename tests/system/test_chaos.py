@@ -108,7 +108,7 @@ def check(tmp_path, out):
 
 @pytest.mark.parametrize(
     ("n_kills", "seed", "n_parts"),
-    [(3, 1, 24), pytest.param(100, 2, 320, marks=pytest.mark.slow)],
+    [(2, 1, 16), pytest.param(100, 2, 320, marks=pytest.mark.slow)],
 )
 def test_killed_at_random_moments_it_loses_and_doubles_nothing(tmp_path, n_kills, seed, n_parts):
     finish(write_recipe(make_long_recipe(n_parts), tmp_path / "one.yaml"), tmp_path / "one")

@@ -111,6 +111,7 @@ def test_an_address_that_is_none_is_refused_before_anything_runs(corpus, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_workers_find_the_size_of_batches_once_and_all_use_it(tmp_path, monkeypatch):
     from support import SPEECHES
 

@@ -81,6 +81,7 @@ def test_a_folder_in_use_may_be_free_later(tmp_path):
     assert exit_code_of(caught.value) == 75
 
 
+@pytest.mark.slow
 def test_a_model_of_a_hub_that_is_not_reached_may_be_there_later(monkeypatch, tmp_path):
     import huggingface_hub.constants
 
