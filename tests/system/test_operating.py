@@ -70,6 +70,7 @@ def scrape(address: str) -> dict[str, float]:
     }
 
 
+@pytest.mark.slow
 def test_killed_and_continued_it_is_seen_at_every_moment_and_not_disturbed(recipe, tmp_path):
     out = tmp_path / "run"
     process = start(recipe, out)

@@ -94,6 +94,7 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(tmp_path, uninterrup
     assert find_problems(RunFolder(out)) == []
 
 
+@pytest.mark.slow
 def test_killed_while_tokenizing_it_starts_that_again(tmp_path, uninterrupted):
     recipe, out = write_recipe(long_recipe(), tmp_path / "recipe.yaml"), tmp_path / "run"
     process = start(recipe, out)
@@ -123,7 +124,10 @@ def test_killed_it_leaves_a_lock_that_keeps_no_one_out_and_nothing_that_clean_do
     assert {problem.remedy for problem in find_problems(RunFolder(out))} == {Remedy.RESUME}
 
 
-@pytest.mark.parametrize(("request_to_end", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("request_to_end", "code"),
+    [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 143)],
+)
 def test_asked_to_end_it_exits_with_the_code_of_the_signal_and_a_word_on_how_to_continue(
     tmp_path, uninterrupted, request_to_end, code
 ):

@@ -67,6 +67,7 @@ def by_one_process(tmp_path_factory):
     return recipe, all_bytes(folder / "run")
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_asked_to_end_finishes_its_parts_and_the_rest_goes_on_without_it(tmp_path, by_one_process):
     recipe, expected = by_one_process
     out = tmp_path / "run"
