@@ -157,6 +157,7 @@ def test_the_order_of_documents_changes_no_mean(tmp_path):
         np.testing.assert_allclose(one, other.reindex(one.index), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow  # among thousands of tests the collector of cycles runs too seldom for a peak to say much
 def test_memory_is_that_of_blocks_whatever_the_corpus(tmp_path):
     peaks = []
     for n_documents in (100, 800):
