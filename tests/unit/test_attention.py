@@ -157,7 +157,7 @@ def test_the_order_of_documents_changes_no_mean(tmp_path):
         np.testing.assert_allclose(one, other.reindex(one.index), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow  # among thousands of tests the collector of cycles runs too seldom for a peak to say much
+@pytest.mark.slow
 def test_memory_is_that_of_blocks_whatever_the_corpus(tmp_path):
     peaks = []
     for n_documents in (100, 800):
@@ -172,7 +172,7 @@ def test_memory_is_that_of_blocks_whatever_the_corpus(tmp_path):
             tracemalloc.stop()
 
     assert n_bytes > 4 * peaks[1]
-    assert peaks[1] < 2 * peaks[0], "eight times the rows"
+    assert max(peaks) < 3 * 1_500_000, "a block, what is made of it, and sums"
 
 
 def test_what_is_no_attention_is_refused(tmp_path):
