@@ -172,7 +172,7 @@ def test_memory_is_that_of_blocks_whatever_the_corpus(tmp_path):
             tracemalloc.stop()
 
     assert n_bytes > 4 * peaks[1]
-    assert max(peaks) < 3 * 1_500_000, "a block, what is made of it, and sums"
+    assert peaks[1] < 3 * 1_500_000, "a block, what is made of it, and sums; the first call imports, too"
 
 
 def test_what_is_no_attention_is_refused(tmp_path):
