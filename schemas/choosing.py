@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from typing import Annotated, Literal, Self
 
-from actpipe.schemas.base import Contract, Name, NonEmpty
-from pydantic import Field, NonNegativeInt, PositiveInt, StringConstraints, field_validator, model_validator
+from actpipe.schemas.base import Contract, Name, NonEmpty, Regex
+from pydantic import Field, NonNegativeInt, PositiveInt, StringConstraints, model_validator
 
 Scalar = str | int | float | bool
 Special = Literal["bos", "eos", "pad", "special"]
@@ -28,19 +27,10 @@ class KeepConfig(Contract):
     """Seed of that hash."""
     where: dict[NonEmpty, Scalar | tuple[Scalar, ...]] = Field(default_factory=dict)
     """Only documents with these values in columns of documents.parquet."""
-    match: NonEmpty | None = None
+    match: Regex | None = None
     """A regular expression: tokens that hold a character of a match in their document's text."""
     spans: NonEmpty | None = None
     """A column of JSON lists `[[start, stop], ...]`: tokens that hold a character of these in their document's text."""
-
-    @field_validator("match")
-    @classmethod
-    def _compiles(cls, value: str | None) -> str | None:
-        try:
-            re.compile(value or "")
-        except re.error as error:
-            raise ValueError(f"{value!r} is not a regular expression: {error}") from error
-        return value
 
     @model_validator(mode="after")
     def _says_something(self) -> Self:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Literal, Self
 
-from actpipe.schemas.base import AnalysisConfig, Contract, Name, NonEmpty
-from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
+from actpipe.schemas.base import AnalysisConfig, Contract, Name, NonEmpty, Regex
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 NamedPattern = Literal[
     "previous_token_head", "duplicate_token_head", "induction_head", "duplicate_stripe", "induction_stripe"
@@ -18,17 +17,8 @@ class TokensConfig(Contract):
 
     ids: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] | None = None
     """These token ids."""
-    match: NonEmpty | None = None
+    match: Regex | None = None
     """A regular expression: tokens whose text, decoded on its own, has a match. `^` and `$` stand for its ends."""
-
-    @field_validator("match")
-    @classmethod
-    def _compiles(cls, value: str | None) -> str | None:
-        try:
-            re.compile(value or "")
-        except re.error as error:
-            raise ValueError(f"{value!r} is not a regular expression: {error}") from error
-        return value
 
 
 class AttendConfig(TokensConfig):

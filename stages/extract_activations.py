@@ -27,7 +27,6 @@ from actpipe.models.loading import resolve_device
 from actpipe.planning import format_bytes, plan_parts
 from actpipe.records import Finding, Part
 from actpipe.stage import RunContext
-from actpipe.stores.claims import BATCH_SIZE, alone_at
 from actpipe.stores.reading import ActivationStore, is_complete
 from actpipe.stores.token_table import TokenTable
 from actpipe.stores.writing import create_store, missing_parts, read_manifest
@@ -141,15 +140,14 @@ class ExtractActivations:
         prove_hooks(context.model, table, names)
         if table.manifest.prefix_ids or self.config.chunk_tokens is not None:
             prove_cache(context.model, names)
-        with alone_at(folder, BATCH_SIZE):
-            settle_batch_tokens(
-                self.config,
-                folder,
-                lambda: context.model,
-                context_length=manifest.context_length,
-                derivations=derivations,
-                note=meter.note,
-            )
+        settle_batch_tokens(
+            self.config,
+            folder,
+            lambda: context.model,
+            context_length=manifest.context_length,
+            derivations=derivations,
+            note=meter.note,
+        )
         with ExtractionWorker.open(
             self.config, context.model, folder, manifest, meter, derivations=derivations
         ) as worker:

@@ -15,8 +15,8 @@ from actpipe.analysis import require_decoder, require_every_token, require_hooks
 from actpipe.compute.grouping import GroupSums
 from actpipe.compute.lens import LENS_METRICS
 from actpipe.errors import RecipeError
+from actpipe.jobs.attribution_targets import SCALE
 from actpipe.jobs.lens import (
-    SCALE,
     TRANSLATORS,
     Translators,
     fit_translators,

@@ -25,7 +25,6 @@ from actpipe.planning import plan_parts
 from actpipe.records import Finding, Part
 from actpipe.reduction_results import reduction_dataset
 from actpipe.stage import RunContext
-from actpipe.stores.claims import BATCH_SIZE, alone_at
 from actpipe.stores.kept_rows import KeptRows
 from actpipe.stores.layout import RunFolder, take_away
 from actpipe.stores.results import Result, ResultWriter, current_result
@@ -119,15 +118,14 @@ class ReduceActivations:
         tokens, place = TokenTable(context.corpus(self.config)), self._place(context)
         prove_hooks(context.model, tokens, context.spec.select(captured_hooks(self.config)))
         derivations = self._derivations(context)
-        with alone_at(place, BATCH_SIZE):
-            settle_batch_tokens(
-                self.config,
-                place,
-                lambda: context.model,
-                context_length=tokens.manifest.context_length,
-                derivations=derivations,
-                note=meter.note,
-            )
+        settle_batch_tokens(
+            self.config,
+            place,
+            lambda: context.model,
+            context_length=tokens.manifest.context_length,
+            derivations=derivations,
+            note=meter.note,
+        )
         sums = PartialSums(place)
         sums.begin()
         with ReducingWorker.open(

@@ -45,8 +45,10 @@ class OnWorkers:
         topic = f"blocks-{uuid.uuid4().hex[:12]}"
         client = self._client()
         client.subscribe_topic(topic, lambda event: done(event[1]))
-        yield _Counted(function, topic)
-        client.unsubscribe_topic(topic)
+        try:
+            yield _Counted(function, topic)
+        finally:
+            client.unsubscribe_topic(topic)
 
     def compute(self, graph: Any) -> Any:
         """Return what a graph of delayed calls gives."""

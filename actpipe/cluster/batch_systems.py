@@ -14,11 +14,10 @@ from distributed import Security
 from distributed.core import Status
 from tornado.ioloop import PeriodicCallback
 
+from actpipe.cluster.site import TASKS
 from actpipe.errors import ClusterError
 from actpipe.schemas.engine import EngineConfig, KubernetesConfig, SlurmConfig
 
-_TASKS = 2
-"""Tasks that a worker takes at once."""
 _REPLACE_SECONDS = 20.0
 """Time between two looks for jobs that have ended."""
 _GRACE_SECONDS = 120
@@ -102,7 +101,7 @@ def slurm_cluster(config: EngineConfig, slurm: SlurmConfig, security: Security) 
             queue=slurm.queue,
             account=slurm.account,
             walltime=slurm.walltime,
-            cores=_TASKS,
+            cores=TASKS,
             processes=1,
             job_cpu=slurm.cpus,
             memory=slurm.memory,

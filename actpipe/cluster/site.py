@@ -28,6 +28,8 @@ RESOURCE = "GPU"
 """What a worker has one of for each replica of the model; a part takes half, so that one is computed while
 another is written."""
 SHARE = 0.5
+TASKS = 2
+"""Tasks that a worker takes at once: one part is computed while another is written."""
 _EVENT_SECONDS = 0.5
 
 

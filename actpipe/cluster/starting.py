@@ -13,15 +13,13 @@ import dask
 from distributed import Client, LocalCluster, Security
 
 from actpipe.cluster.batch_systems import jobs_of_slurm, pods_of_kubernetes
-from actpipe.cluster.site import RESOURCE
+from actpipe.cluster.site import RESOURCE, TASKS
 from actpipe.errors import ClusterError
 from actpipe.interrupting import INTERRUPTION
 from actpipe.schemas.engine import EngineConfig
 from actpipe.telemetry import Telemetry
 
 _CONNECT_SECONDS = 30
-_THREADS = 2
-"""Tasks that a worker takes at once: one part is computed while another is written."""
 _NOT_FOR_WORKERS = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
 """What workers on this machine run first: a terminal sends Ctrl-C to them too, and the run ends them in order."""
 
@@ -94,7 +92,7 @@ def _local(config: EngineConfig, scratch: str) -> Any:
     environment = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), threads)
     cluster = LocalCluster(
         n_workers=0,
-        threads_per_worker=_THREADS,
+        threads_per_worker=TASKS,
         processes=True,
         host="127.0.0.1",
         security=Security.temporary(),

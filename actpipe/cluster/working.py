@@ -11,11 +11,9 @@ from typing import Any
 
 from distributed import Security, Worker, rpc
 
-from actpipe.cluster.site import RESOURCE
+from actpipe.cluster.site import RESOURCE, TASKS
 from actpipe.errors import ClusterError
 
-_TASKS = 2
-"""Tasks at once: one part is computed while another is written."""
 _LOOK_SECONDS = 0.05
 _TELL_SECONDS = 0.5
 """Time in which the scheduler hears of what was finished last."""
@@ -57,7 +55,7 @@ async def _work(scheduler: str, seconds: float | None, options: dict[str, Any]) 
             f"there is no Dask scheduler at {scheduler} ({error}); start one with `dask scheduler`"
         ) from error
     worker = await Worker(
-        scheduler, nthreads=_TASKS, resources={RESOURCE: 1}, memory_limit=0, dashboard=False, **options
+        scheduler, nthreads=TASKS, resources={RESOURCE: 1}, memory_limit=0, dashboard=False, **options
     )
     asked = asyncio.Event()
     loop = asyncio.get_running_loop()

@@ -15,6 +15,7 @@ from actpipe.extraction.deriving import Derivation, captured_hooks
 from actpipe.extraction.trial import Config, Measured, Trial, device_names
 from actpipe.models.hooked_model import HookedModel
 from actpipe.models.loading import dtype_name, identify
+from actpipe.stores.claims import BATCH_SIZE, alone_at
 from actpipe.stores.layout import RunFolder, user_cache, write_whole
 from actpipe.stores.remote import publish, remote_of
 
@@ -59,13 +60,14 @@ def settle_batch_tokens(
     """
     if config.batch_tokens != "auto":
         return config.batch_tokens
-    if (found := read_number(folder.batch_tokens)) is not None:
-        return found
-    found, how = find_batch_tokens(config, load_model(), context_length, derivations)
-    if (others := read_number(folder.batch_tokens)) is not None:  # another worker was quicker
-        return others
-    write_whole(folder.batch_tokens, _json({"batch_tokens": found}))
-    publish([folder.batch_tokens])
+    with alone_at(folder, BATCH_SIZE):
+        if (found := read_number(folder.batch_tokens)) is not None:
+            return found
+        found, how = find_batch_tokens(config, load_model(), context_length, derivations)
+        if (others := read_number(folder.batch_tokens)) is not None:  # a trial that took longer than the lock waits
+            return others
+        write_whole(folder.batch_tokens, _json({"batch_tokens": found}))
+        publish([folder.batch_tokens])
     note(f"batches of {found:,} tokens: {how}", "batch size", stage=config.stage, batch_tokens=found, how=how)
     return found
 

@@ -16,10 +16,10 @@ from actpipe.compute.attribution import next_tokens
 from actpipe.compute.grouping import GroupSums, sum_by_group
 from actpipe.compute.lens import LENS_METRICS, AffineSums, FinalNorm, fit_affine, lens_metrics, sum_affine
 from actpipe.errors import IncompleteStoreError, RecipeError
+from actpipe.jobs.attribution_targets import SCALE
 from actpipe.jobs.blocks import Done, RowBlock, even_blocks, map_and_sum, require_arrays
 from actpipe.stores.reading import ActivationStore
 
-SCALE = "ln_final.hook_scale"
 LOGITS_AT_ONCE = 2**23
 """Most logits of one layer computed together: 32 MiB of float32, whatever the vocabulary."""
 TRANSLATORS = "translators.safetensors"
