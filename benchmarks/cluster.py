@@ -1,8 +1,9 @@
 """Workers of a Dask cluster against one, and what the scheduler costs.
 
-    python benchmarks/cluster.py                 both (about a quarter of an hour on two cores)
+    python benchmarks/cluster.py                 all of them (about a quarter of an hour on two cores)
     python benchmarks/cluster.py scaling         two workers against one, and one against no cluster
     python benchmarks/cluster.py scheduler       100,000 parts that do nothing
+    python benchmarks/cluster.py records         what commit records take
 
 Scaling: tokens per second of extracting one residual layer, every process computing with one thread: by this process
 alone, by one worker, by two workers, in turn, the order turned every round; medians and ratios. Timed is the
@@ -11,6 +12,8 @@ it has started it already, but loading the model is.
 
 Scheduler: time per part of `DaskEngine.run_parts` with two workers that do nothing at all: submitting, running,
 reporting, and all bookkeeping. A run's own parts take seconds.
+
+Records: bytes of a commit record for each array of a small run, and the time to list 100,000 records in a folder.
 """
 
 from __future__ import annotations
@@ -123,17 +126,41 @@ def scheduler(n_parts: int) -> None:
     print(f"of which this process (client and scheduler) computes {1000 * cpu / n_parts:.2f} ms")
 
 
+def records(n_parts: int) -> None:
+    from actpipe.running import run_recipe
+    from actpipe.stores.layout import RunFolder
+    from actpipe.stores.writing import committed_parts, read_manifest
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = RunFolder(Path(scratch) / "run")
+        model = make_model(Path(scratch) / "model")
+        run_recipe(make_recipe(model, ENGINES["one process"], 8 * 2048), out=folder.root, telemetry=quiet())
+        sizes = [path.stat().st_size for path in folder.commits.glob("part-*.json")]
+        per_array = statistics.mean(sizes) / len(read_manifest(folder).arrays)
+        for number in range(len(sizes), n_parts):
+            folder.part_commit(number).touch()
+        times = []
+        for _ in range(5):
+            started = time.perf_counter()
+            assert len(committed_parts(folder)) == n_parts
+            times.append(time.perf_counter() - started)
+    print(f"\na commit record takes {per_array:.0f} bytes for each array")
+    print(f"listing {n_parts:,} of them takes {statistics.median(times):.2f} s, median of five")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=("scaling", "scheduler"))
+    parser.add_argument("what", nargs="?", choices=("scaling", "scheduler", "records"))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=65_536)
     parser.add_argument("--parts", type=int, default=100_000)
     options = parser.parse_args()
-    if options.what != "scheduler":
+    if options.what in (None, "scaling"):
         scaling(options.rounds, options.tokens)
-    if options.what != "scaling":
+    if options.what in (None, "scheduler"):
         scheduler(options.parts)
+    if options.what in (None, "records"):
+        records(options.parts)
 
 
 if __name__ == "__main__":
