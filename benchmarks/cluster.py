@@ -1,6 +1,6 @@
 """Workers of a Dask cluster against one, and what the scheduler costs.
 
-    python benchmarks/cluster.py                 all of them (about a quarter of an hour on two cores)
+    python benchmarks/cluster.py                 all of them (about twenty minutes on two cores)
     python benchmarks/cluster.py scaling         two workers against one, and one against no cluster
     python benchmarks/cluster.py scheduler       100,000 parts that do nothing
     python benchmarks/cluster.py records         what commit records take
@@ -152,7 +152,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", choices=("scaling", "scheduler", "records"))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=65_536)
+    parser.add_argument("--tokens", type=int, default=131_072)
     parser.add_argument("--parts", type=int, default=100_000)
     options = parser.parse_args()
     if options.what in (None, "scaling"):

@@ -23,14 +23,14 @@ NETWORK = 12.5e9
 """Bytes per second of a 100 Gbit/s link."""
 PUTS = 3500
 """Requests per second that S3 takes for one prefix, by its documentation."""
-PART_SECONDS = 0.006
+PART_SECONDS = 0.0028
 """What client and scheduler compute for one part; measured by `benchmarks/cluster.py scheduler`."""
 ID_BYTES = 4
 """Most that sequences.parquet takes for a token: its id, before compression."""
-RECORD_BYTES = 115
-"""Of a commit record, for each array; measured on the quickstart's."""
-LIST_SECONDS = 19e-6
-"""To list one commit record in a local folder of 100,000; measured."""
+RECORD_BYTES = 122
+"""Of a commit record, for each array; measured by `benchmarks/cluster.py records`."""
+LIST_SECONDS = 1.6e-6
+"""To list one commit record in a local folder of 100,000; measured by `benchmarks/cluster.py records`."""
 TOKEN_BYTES = 4 + 4 + 8
 """Token arrays of a store: id, position, number of the sequence."""
 
@@ -181,9 +181,9 @@ by the vendor); context {context:,}; a disk takes {disk}/s, a link {network}/s; 
 prefix (its documentation). A model that needs several devices is spread over them layer after layer (`device_map`), so
 that one of them computes at a time.
 
-**Measured** (on two shared cores; take them again with the command): client and scheduler compute {part_ms:.0f} ms for
+**Measured** (on two shared cores; take them again with the command): client and scheduler compute {part_ms:.1f} ms for
 a part (`python benchmarks/cluster.py scheduler`); a commit record takes {record} bytes for each array, and listing
-100,000 of them {listing:.1f} s; writing beside the forward pass costs it 1 to 3 % (`python benchmarks/store.py
+100,000 of them {listing:.1f} s (`python benchmarks/cluster.py records`); writing beside the forward pass costs it 1 to 3 % (`python benchmarks/store.py
 forward`).
 
 ## Forward passes
@@ -209,10 +209,10 @@ Parts of {rows_per_part:,} tokens; 4 files a part with one hook, 35 with all lay
 
 {corpora}
 
-- **Client and scheduler** hand out a part in {part_ms:.0f} ms, so that they keep up with {fed:,.0f} workers whose
+- **Client and scheduler** hand out a part in {part_ms:.1f} ms, so that they keep up with {fed:,.0f} workers whose
   parts take ten seconds. Above that, raise `rows_per_part`: 262,144 rows of 4,096 bfloat16 values are chunks of 2.1 GB.
 - **Commit records** are one small file per part in one folder. At 10^12 tokens there are 15 million: listing takes
-  minutes on a local disk and {lists:,.0f} requests in an object store, at every start. Raise `rows_per_part`, or
+  {all_listed} on a local disk and {lists:,.0f} requests in an object store, at every start. Raise `rows_per_part`, or
   cut the corpus.
 - **The token table** is written by one process, whole, before the first forward pass, and each worker reads its part
   of it. At 10^11 tokens it is hundreds of gigabytes, and its writing takes days.
@@ -241,6 +241,7 @@ def page() -> str:
         rows_per_part=ROWS_PER_PART,
         corpora=corpora(),
         fed=10 / PART_SECONDS,
+        all_listed=duration(10**12 / ROWS_PER_PART * LIST_SECONDS),
         lists=10**12 / ROWS_PER_PART / 1000,
     )
 
