@@ -61,20 +61,20 @@ class Task:
         return batch[self.hook].flatten(1)[kept], target[kept]
 
 
-def train(task: Task, loader: actpipe.ActivationLoader, arguments: argparse.Namespace) -> nn.Module:
-    """Fit a linear map with a cross-entropy loss."""
+def train(tasks: list[Task], loader: actpipe.ActivationLoader, arguments: argparse.Namespace) -> list[nn.Module]:
+    """Fit a linear map for each task with a cross-entropy loss; all of them on the same batches."""
     torch.manual_seed(arguments.seed)
-    d_in = next(iter(loader))[task.hook].flatten(1).shape[1]
-    probe = nn.Linear(d_in, arguments.classes).to(arguments.device)
-    optimizer = torch.optim.AdamW(probe.parameters(), lr=arguments.rate, weight_decay=0.01)
-    for _ in range(arguments.epochs):
-        for batch in loader:
+    d_in = next(iter(loader))[tasks[0].hook].flatten(1).shape[1]
+    probes = [nn.Linear(d_in, arguments.classes).to(arguments.device) for _ in tasks]
+    optimizers = [torch.optim.AdamW(probe.parameters(), lr=arguments.rate, weight_decay=0.01) for probe in probes]
+    for batch in loader.epochs(arguments.epochs):
+        for task, probe, optimizer in zip(tasks, probes, optimizers, strict=True):
             x, target = task(batch)
             loss = nn.functional.cross_entropy(probe(x), target)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    return probe
+    return probes
 
 
 @torch.no_grad()
@@ -132,12 +132,13 @@ def main() -> None:
         arguments.run, arguments.hook, shuffle=None, split="validation", statistics=loader.statistics, **options
     )
     print(f"{arguments.label}: {', '.join(names)}")
-    for title, dealt in {"labels": classes, "shuffled labels": shuffled(classes, arguments.seed)}.items():
-        task = Task(arguments.hook, unit, dealt.to(arguments.device))
-        right, guess = accuracy(train(task, loader, arguments), task, held_out)
+    labels = {"labels": classes, "shuffled labels": shuffled(classes, arguments.seed)}
+    tasks = [Task(arguments.hook, unit, dealt.to(arguments.device)) for dealt in labels.values()]
+    for title, task, probe in zip(labels, tasks, train(tasks, loader, arguments), strict=True):
+        right, guess = accuracy(probe, task, held_out)
         print(f"{title}: accuracy {right:.3f} on held-out documents; the most frequent class alone {guess:.3f}")
     print(f"waited for the feed: {loader.wait_fraction:.2%} of the time")
-    share = picking_share(loader, arguments.hook, 2 * arguments.epochs * len(loader))
+    share = picking_share(loader, arguments.hook, arguments.epochs * len(loader))
     print(f"picking the batches from a tensor in memory would take {share:.2%} of it")
 
 

@@ -138,25 +138,36 @@ class Feed(IterableDataset[Rows]):
 
     def __iter__(self) -> Iterator[Rows]:
         """Give the batches of one epoch, or of what a loaded state leaves of it."""
+        return self.epochs(1)
+
+    def epochs(self, number: int) -> Iterator[Rows]:
+        """Give the batches of several epochs; those of the next are read while the last ones of an epoch go out.
+
+        The first epoch is the current one, or what a loaded state leaves of it; `epoch` goes up with the first batch
+        of the next.
+        """
         worker, n_workers = _this_worker()
         self._check_place(n_workers)
         self._batch, self._resume_at, self._resume_workers = self._resume_at, 0, None
+        numbers = range(self._epoch, self._epoch + number)
         in_thread = self._delivery.device.type == "cpu"
         started, before = time.perf_counter(), (self._wait_seconds, self._feed_seconds)
         with (
-            closing(self._batches(self._batch, worker, n_workers)) as batches,
+            closing(self._batches_of(numbers, self._batch, worker, n_workers)) as batches,
             ReadAhead(
-                map(self._deliver, batches) if in_thread else batches,
+                ((epoch, self._deliver(rows)) for epoch, rows in batches) if in_thread else batches,
                 self._delivery.read_ahead if n_workers == 1 else 0,
             ) as items,
         ):
-            for rows in items:
+            for epoch, rows in items:
+                if epoch != self._epoch:
+                    self._epoch, self._batch = epoch, 0
                 self._batch += 1
                 self._wait_seconds = before[0] + items.wait_seconds
                 self._feed_seconds = before[1] + time.perf_counter() - started
                 yield rows if in_thread else self._deliver(rows)
         self._feed_seconds = before[1] + time.perf_counter() - started
-        self._epoch, self._batch = self._epoch + 1, 0
+        self._epoch, self._batch = numbers.stop, 0
 
     def state_dict(self, *, batch: int | None = None, num_workers: int = 1) -> dict[str, Any]:
         """Return where the feed stands, with what must stay equal for that to mean anything.
@@ -215,11 +226,17 @@ class Feed(IterableDataset[Rows]):
                 "shuffle='blocks' deals blocks out to workers; use as many as then"
             )
 
-    def _batches(self, taken: int, worker: int, n_workers: int) -> Generator[Rows]:
-        """Yield one worker's batches after the first `taken` of its rank, which all workers took in turn."""
+    def _batches_of(self, epochs: range, taken: int, worker: int, n_workers: int) -> Generator[tuple[int, Rows]]:
+        """Yield one worker's batches of several epochs, each with the number of its epoch."""
+        for epoch in epochs:
+            with closing(self._batches(epoch, taken if epoch == epochs.start else 0, worker, n_workers)) as batches:
+                yield from ((epoch, rows) for rows in batches)
+
+    def _batches(self, epoch: int, taken: int, worker: int, n_workers: int) -> Generator[Rows]:
+        """Yield one worker's batches of an epoch after the first `taken` of its rank, which workers took in turn."""
         worker = (worker + taken) % n_workers  # whose turn it is comes first
         skip = (taken + n_workers - 1 - worker) // n_workers
-        order = self._settings.order(self._reader.n_rows, self._epoch)
+        order = self._settings.order(self._reader.n_rows, epoch)
         groups, coming = (_after(self._deal(n_workers).groups(self._settings.rank, worker), skip) for _ in range(2))
         if self._settings.shuffle == "blocks" and not self._reader.at_random:
             with self._reader.reading(order, (Stretch(group.start, group.stop) for group, _ in coming)) as fill:

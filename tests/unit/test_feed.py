@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -237,6 +238,31 @@ class TestStates:
         first = next(iter(loader))["row"]
 
         assert torch.equal(next(iter(loader))["row"], first)
+
+    @pytest.mark.parametrize("shuffle", ["rows", "blocks", None])
+    def test_epochs_in_one_are_the_epochs_one_by_one(self, store, shuffle):
+        options = {"batch_size": 32, "shuffle": shuffle, "block_rows": 8, "buffer_rows": 64}
+        one_by_one, at_once = (ActivationLoader(store, PRE, **options) for _ in range(2))
+        expected = [batch["row"].tolist() for _ in range(3) for batch in one_by_one]
+        seen, states = [], []
+        for batch in at_once.epochs(3):
+            seen.append(batch["row"].tolist())
+            states.append(copy.deepcopy(at_once.state_dict()))
+
+        assert seen == expected
+        assert at_once.epoch == one_by_one.epoch == 3
+        assert [state["epoch"] for state in states] == [0] * 7 + [1] * 7 + [2] * 7
+        for taken in (3, 7, 9):
+            resumed = ActivationLoader(store, PRE, **options)
+            resumed.load_state_dict(states[taken - 1])
+            left = 3 - resumed.epoch
+            assert [batch["row"].tolist() for batch in resumed.epochs(left)] == expected[taken:]
+            assert resumed.epoch == 3
+
+    def test_no_epochs_are_no_batches(self, store):
+        loader = ActivationLoader(store, PRE)
+        assert list(loader.epochs(0)) == []
+        assert loader.epoch == 0
 
     def test_a_state_survives_saving(self, finished, tmp_path):
         loader = ActivationLoader(finished, HOOK, 32, normalize="standardize")
