@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain, pairwise
@@ -25,10 +25,14 @@ from actpipe.stores.fetching import Chunk, FetchAhead
 from actpipe.stores.mapping import MAPPED_FILES
 from actpipe.stores.memory import room_for_files
 from actpipe.stores.reading import ActivationStore
+from actpipe.stores.uncached import UncachedReader
 
 _ROWS_AT_ONCE = 16_384
 _SHARE_OF_MEMORY = 0.8
 """Of what memory has room for, what files may take that are read again and again; the rest is for batches."""
+_TIMES_MEMORY = 1.5
+"""How much more than memory has room for files must take to be read past the page cache: of less, much would be in it
+when it is read again."""
 _ROW_BITS = 48
 """A source and a row in one number, to sort by both: 2^48 rows, 2^15 sources."""
 
@@ -115,11 +119,14 @@ class StoredRows:
             chosen = stretch.chosen
             return _pieces(source, rows) if chosen is None else _pieces(source[chosen], rows[chosen])
 
-        with FetchAhead(chain.from_iterable(map(pieces, stretches)), self._chunks) as coming:
+        with (
+            FetchAhead(chain.from_iterable(map(pieces, stretches)), self._chunks) as coming,
+            UncachedReader() if self._is_larger_than_memory else nullcontext() as uncached,
+        ):
 
             def fill(into: Rows) -> Iterator[None]:
                 for piece in coming:
-                    self._read(piece, {name: tensor[piece.here] for name, tensor in into.items()})
+                    self._read(piece, {name: tensor[piece.here] for name, tensor in into.items()}, uncached)
                     yield
                     if piece.is_last:
                         return
@@ -129,10 +136,24 @@ class StoredRows:
     @property
     def at_random(self) -> bool:
         """Whether all arrays are files of this machine that hold rows as they are, and can stay in memory together."""
-        arrays = [array for source in self._sources for array in source.arrays.values()]
+        arrays = self._arrays
         if not all(array.is_mapped for array in arrays) or sum(array.n_parts for array in arrays) > MAPPED_FILES:
             return False
-        return sum(array.n_rows * array.row_bytes for array in arrays) <= _SHARE_OF_MEMORY * room_for_files()
+        return self._n_bytes <= _SHARE_OF_MEMORY * room_for_files()
+
+    @property
+    def _arrays(self) -> list[StoredArray]:
+        return [array for source in self._sources for array in source.arrays.values()]
+
+    @property
+    def _n_bytes(self) -> int:
+        return sum(array.n_rows * array.row_bytes for array in self._arrays)
+
+    @property
+    def _is_larger_than_memory(self) -> bool:
+        """Whether files of this machine hold so much that it would be gone from memory before it is read again."""
+        is_here = not any(array.is_far for array in self._arrays)
+        return is_here and self._n_bytes > _TIMES_MEMORY * room_for_files() > 0
 
     def announce(self, order: Order, stretch: Stretch) -> None:
         """Let the operating system begin to read a whole stretch; only a hint."""
@@ -164,11 +185,11 @@ class StoredRows:
             if start < stop:
                 yield number, slice(start, stop)
 
-    def _read(self, piece: _Piece, into: Rows) -> None:
+    def _read(self, piece: _Piece, into: Rows, uncached: UncachedReader | None) -> None:
         source, rows = piece.source, piece.rows
         for number, here in self._of_sources(source):
             for name, array in self._sources[number].arrays.items():
-                array.gather(rows[here], as_numpy(into[name])[here])
+                array.gather(rows[here], as_numpy(into[name])[here], uncached)
             for name, label in self._labels.items():
                 into[name][here] = label.of_rows(number, rows[here])
         into["row"][:] = torch.from_numpy(rows)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
 from io import FileIO
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,11 +24,14 @@ from actpipe.stores.encoding import Codec, decompress, row_bytes
 from actpipe.stores.fetching import Chunk
 from actpipe.stores.mapping import map_file
 from actpipe.stores.remote import remote_of
+from actpipe.stores.uncached import UncachedReader, open_uncached
 
 _LONG_RUN = 16
 """Rows that follow one another, from which on reading them beats copying them out of a map."""
 _HINT_BYTES = 2**19
 """Most bytes of one hint: the operating system cuts longer ones short."""
+_OPEN_FILES = 64
+"""Most files that are open at once to be read past the page cache."""
 _TRIES = 8
 """How often a chunk is fetched again where others make room of it before it is opened."""
 _UNPACKED_CHUNKS = 8
@@ -194,10 +198,13 @@ class StoredArray:
         unsorted[order] = result
         return unsorted
 
-    def gather(self, rows: npt.NDArray[np.int64], into: npt.NDArray[Any]) -> None:
+    def gather(
+        self, rows: npt.NDArray[np.int64], into: npt.NDArray[Any], uncached: UncachedReader | None = None
+    ) -> None:
         """Read rows whose numbers ascend into an array of as many rows, part by part.
 
-        Rows that mostly follow one another are read, others are copied out of the mapped file.
+        Rows that mostly follow one another are read, by `uncached` where there is one; others are copied out of the
+        mapped file.
         """
         if not len(rows):
             return
@@ -205,10 +212,15 @@ class StoredArray:
         assert rows[-1] < self.n_rows, "rows must be in the store"
         n_runs = 1 + np.count_nonzero(np.diff(rows) != 1)
         if self._is_bare and (n_runs - 1) * _LONG_RUN < len(rows):
+            data = into.reshape(-1).view(np.uint8).data
+            if uncached is not None:
+                self._read_uncached(rows, data, uncached)
+                return
             self.announce(rows)  # all of it is under way before the first is waited for
-            row_bytes, data = self.row_bytes, into.reshape(-1).view(np.uint8).data
-            for file, offset, here in self._runs(rows):
-                _read_run(file, offset, data[here.start * row_bytes : here.stop * row_bytes])
+            for part, here in self._pieces(rows):
+                with self._open(self.manifest.path, part, self.ndim, FileIO) as file:
+                    for offset, where in self._runs(rows, part, here):
+                        _read_run(file, offset, data[where])
             return
         for part, here in self._pieces(rows):
             chosen = rows[here] - part * self.rows_per_part
@@ -217,16 +229,27 @@ class StoredArray:
             else:
                 into[here] = self._rows_of(part, chosen)
 
+    def _read_uncached(self, rows: npt.NDArray[np.int64], data: memoryview, reader: UncachedReader) -> None:
+        pieces = self._pieces(rows)
+        while some := list(islice(pieces, _OPEN_FILES)):
+            with ExitStack() as files:
+                runs = []
+                for part, here in some:
+                    file = files.enter_context(self._open(self.manifest.path, part, self.ndim, open_uncached))
+                    runs += [(file, offset, data[where]) for offset, where in self._runs(rows, part, here)]
+                reader.read(runs)
+
     def announce(self, rows: npt.NDArray[np.int64]) -> None:
         """Let the operating system begin to read rows whose numbers ascend; only a hint, for bare files."""
         if not hasattr(os, "posix_fadvise"):
             return
-        row_bytes = self.row_bytes
-        for file, offset, here in self._runs(rows):
-            stop = offset + (here.stop - here.start) * row_bytes
-            for start in range(offset, stop, _HINT_BYTES):
-                n_bytes = min(_HINT_BYTES, stop - start)
-                os.posix_fadvise(file.fileno(), start, n_bytes, os.POSIX_FADV_WILLNEED)
+        for part, here in self._pieces(rows):
+            with self._open(self.manifest.path, part, self.ndim, FileIO) as file:
+                for offset, where in self._runs(rows, part, here):
+                    stop = offset + where.stop - where.start
+                    for start in range(offset, stop, _HINT_BYTES):
+                        n_bytes = min(_HINT_BYTES, stop - start)
+                        os.posix_fadvise(file.fileno(), start, n_bytes, os.POSIX_FADV_WILLNEED)
 
     def _pieces(self, rows: npt.NDArray[np.int64]) -> Iterator[tuple[int, slice]]:
         """Yield the parts that rows come from, which ascend, each with where its rows stand among them."""
@@ -234,14 +257,12 @@ class StoredArray:
         bounds = np.searchsorted(rows, np.arange(first, last + 2) * self.rows_per_part).tolist()
         return ((first + n, slice(*bound)) for n, bound in enumerate(pairwise(bounds)) if bound[0] < bound[1])
 
-    def _runs(self, rows: npt.NDArray[np.int64]) -> Iterator[tuple[FileIO, int, slice]]:
-        """Yield runs of rows that follow one another: the file, the byte where it begins, where it stands in `rows`."""
-        runs, row_bytes = np.flatnonzero(np.diff(rows) != 1) + 1, self.row_bytes
-        for part, here in self._pieces(rows):
-            inside = runs[slice(*np.searchsorted(runs, [here.start + 1, here.stop]))].tolist()
-            with self._open(self.manifest.path, part, self.ndim, FileIO) as file:
-                for start, stop in pairwise([here.start, *inside, here.stop]):
-                    yield file, (int(rows[start]) - part * self.rows_per_part) * row_bytes, slice(start, stop)
+    def _runs(self, rows: npt.NDArray[np.int64], part: int, here: slice) -> Iterator[tuple[int, slice]]:
+        """Yield runs of rows that follow one another in a part: the byte of its file, the bytes among all of `rows`."""
+        ends = (np.flatnonzero(np.diff(rows[here]) != 1) + 1 + here.start).tolist()
+        for start, stop in pairwise([here.start, *ends, here.stop]):
+            offset = (int(rows[start]) - part * self.rows_per_part) * self.row_bytes
+            yield offset, slice(start * self.row_bytes, stop * self.row_bytes)
 
     @property
     def is_mapped(self) -> bool:
