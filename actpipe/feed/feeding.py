@@ -290,15 +290,9 @@ class Feed(IterableDataset[Rows]):
                 self._spare.append(rows)
 
     def _buffer(self) -> Rows:
-        """Return tensors for the rows of the largest group.
-
-        Their memory is numpy's, which asks for huge pages: rows here and there are found faster in them.
-        """
+        """Return tensors for the rows of the largest group."""
         most = min(self._deal(n_workers=1).group_batches * self._settings.batch_size, self._reader.n_rows)
-        return {
-            name: torch.from_numpy(np.empty(most * row.nbytes, np.uint8)).view(row.dtype).reshape(most, *row.shape[1:])
-            for name, row in self._reader.allocate(1, pinned=False).items()
-        }
+        return self._reader.allocate(most, pinned=False)
 
     def _allocate(self, n_rows: int) -> Rows:
         return self._reader.allocate(n_rows, pinned=self._delivery.device.type == "cuda")

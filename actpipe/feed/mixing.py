@@ -41,8 +41,11 @@ class Mixture:
 
     def locate(self, indices: Indices, epoch: int) -> tuple[Indices, Indices]:
         """Return, for each index, its source and its place among the rows of that source."""
-        source = np.searchsorted(self._ends, indices, side="right")
         start = (self._first + epoch * self.counts) % self._sizes
+        if len(self._sizes) == 1:
+            places, size = start[0] + indices, self._sizes[0]
+            return np.zeros_like(indices), np.where(places < size, places, places - size)
+        source = np.searchsorted(self._ends, indices, side="right")
         within = indices - (self._ends - self.counts)[source]
         return source, (start[source] + within) % self._sizes[source]
 

@@ -38,6 +38,8 @@ class RowSet:
 
     def __call__(self, indices: Indices) -> Indices:
         """Return the rows that stand at these places among those of the set, which ascend."""
+        if len(self._ends) == 1:
+            return self._first_rows[0] + indices
         return self._first_rows[np.searchsorted(self._ends, indices, side="right")] + indices
 
     def count_before(self, rows: Indices) -> Indices:
