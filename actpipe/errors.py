@@ -93,6 +93,12 @@ class ClusterError(ActpipeError, RuntimeError):
     exit_code = EXIT_TRY_AGAIN
 
 
+class ClusterSetupError(ClusterError):
+    """What a cluster needs is not there: a package, a certificate, a folder."""
+
+    exit_code = EXIT_ERROR
+
+
 class DeviceMemoryError(ActpipeError, MemoryError):
     """A device's memory does not suffice, however little is run at once."""
 

@@ -15,7 +15,7 @@ from distributed.core import Status
 from tornado.ioloop import PeriodicCallback
 
 from actpipe.cluster.site import TASKS
-from actpipe.errors import ClusterError
+from actpipe.errors import ClusterError, ClusterSetupError
 from actpipe.schemas.engine import EngineConfig, KubernetesConfig, SlurmConfig
 
 _REPLACE_SECONDS = 20.0
@@ -29,7 +29,8 @@ def jobs_of_slurm(config: EngineConfig, slurm: SlurmConfig) -> Iterator[Any]:
     """Start workers as jobs of SLURM, and others in place of those that end, through dask-jobqueue.
 
     Raises:
-        ClusterError: dask-jobqueue is missing, or the first jobs cannot be submitted.
+        ClusterSetupError: dask-jobqueue is missing.
+        ClusterError: The first jobs cannot be submitted.
     """
     with certificate_in(slurm.shared_folder) as security, slurm_cluster(config, slurm, security) as cluster:
         for _ in range(config.workers or 1):
@@ -68,13 +69,15 @@ def certificate_in(folder: str) -> Iterator[Security]:
     """Write a new certificate where all nodes see it, for nobody else to read, and remove it in the end.
 
     Raises:
-        ClusterError: The folder cannot be written to.
+        ClusterSetupError: The folder cannot be written to.
     """
     made = Security.temporary()
     try:
         private = tempfile.TemporaryDirectory(prefix=".actpipe-", dir=Path(folder).expanduser())
     except OSError as error:
-        raise ClusterError(f"engine.slurm.shared_folder: the certificate cannot be written there: {error}") from error
+        raise ClusterSetupError(
+            f"engine.slurm.shared_folder: the certificate cannot be written there: {error}"
+        ) from error
     with private:
         certificate, key = Path(private.name, "certificate.pem"), Path(private.name, "key.pem")
         certificate.write_text(made.tls_ca_file)
@@ -88,12 +91,13 @@ def slurm_cluster(config: EngineConfig, slurm: SlurmConfig, security: Security) 
     """Return a dask-jobqueue cluster that has no jobs yet; `job_script()` of it is what they will be.
 
     Raises:
-        ClusterError: dask-jobqueue is missing, or the interface is not there.
+        ClusterSetupError: dask-jobqueue is missing.
+        ClusterError: The interface is not there.
     """
     try:
         from dask_jobqueue import SLURMCluster
     except ImportError as error:
-        raise ClusterError("engine.slurm needs `pip install 'actpipe[slurm]'` (dask-jobqueue)") from error
+        raise ClusterSetupError("engine.slurm needs `pip install 'actpipe[slurm]'` (dask-jobqueue)") from error
     devices = [f"--gres=gpu:{slurm.gpus}"] if slurm.gpus else []
     port = config.dashboard_port
     try:
@@ -127,12 +131,15 @@ def pods_of_kubernetes(config: EngineConfig, kubernetes: KubernetesConfig) -> It
     """Start workers as pods, through dask-kubernetes and its operator.
 
     Raises:
-        ClusterError: dask-kubernetes is missing, or there is no Kubernetes that lets this user in.
+        ClusterSetupError: dask-kubernetes is missing.
+        ClusterError: There is no Kubernetes that lets this user in.
     """
     try:
         from dask_kubernetes.operator import KubeCluster
     except ImportError as error:
-        raise ClusterError("engine.kubernetes needs `pip install 'actpipe[kubernetes]'` (dask-kubernetes)") from error
+        raise ClusterSetupError(
+            "engine.kubernetes needs `pip install 'actpipe[kubernetes]'` (dask-kubernetes)"
+        ) from error
     spec = kubernetes_spec(kubernetes, config.workers or 1)
     try:
         pods = KubeCluster(custom_cluster_spec=spec, namespace=kubernetes.namespace, quiet=True)

@@ -14,7 +14,7 @@ from distributed import Client, LocalCluster, Security
 
 from actpipe.cluster.batch_systems import jobs_of_slurm, pods_of_kubernetes
 from actpipe.cluster.site import RESOURCE, TASKS
-from actpipe.errors import ClusterError
+from actpipe.errors import ClusterError, ClusterSetupError
 from actpipe.interrupting import INTERRUPTION
 from actpipe.schemas.engine import EngineConfig
 from actpipe.telemetry import Telemetry
@@ -29,6 +29,7 @@ def connected(config: EngineConfig, telemetry: Telemetry) -> Iterator[Client]:
     """Give a client of the cluster; one that was started for it ends with the block.
 
     Raises:
+        ClusterSetupError: It wants certificates, and there are none.
         ClusterError: There is none at that address, or it cannot be started.
     """
     logging.getLogger("distributed.client").setLevel(logging.CRITICAL)  # a lost scheduler is a ClusterError
@@ -59,7 +60,7 @@ def connected(config: EngineConfig, telemetry: Telemetry) -> Iterator[Client]:
 
 def _client_of(address: str) -> Client:
     if address.startswith("tls://") and Security().get_connection_args("client").get("ssl_context") is None:
-        raise ClusterError(
+        raise ClusterSetupError(
             f"{address} takes TLS only, and this process has no certificate for it; set "
             "DASK_DISTRIBUTED__COMM__TLS__CA_FILE, ..._CLIENT__CERT and ..._CLIENT__KEY (docs/security.md)"
         )

@@ -19,7 +19,7 @@ from test_workers import SINGLE, actpipe
 from actpipe.cluster import batch_systems
 from actpipe.cluster.batch_systems import certificate_in, jobs_of_slurm, kubernetes_spec, slurm_cluster
 from actpipe.cluster.job_worker import main as job_worker
-from actpipe.errors import ClusterError
+from actpipe.errors import ClusterError, ClusterSetupError
 
 SBATCH = """#!/bin/bash
 # As SLURM: keep a copy of the script, run it in a session of its own, and say the job's number, which is its shell's.
@@ -165,7 +165,7 @@ def test_an_interface_that_is_not_there_is_named(tmp_path):
 def test_a_shared_folder_that_is_not_there_is_named(tmp_path):
     config = engine(tmp_path / "none")
 
-    with pytest.raises(ClusterError, match=r"engine\.slurm\.shared_folder: .*none"):
+    with pytest.raises(ClusterSetupError, match=r"engine\.slurm\.shared_folder: .*none"):
         with jobs_of_slurm(config, config.slurm):
             pass
 

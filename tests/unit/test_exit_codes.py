@@ -32,6 +32,7 @@ CODES = {
     "StorageRefusedError": 1,
     "MetricsError": 1,
     "ClusterError": 75,
+    "ClusterSetupError": 1,
     "DtypeOverflowError": 1,
     "DeviceMemoryError": 1,
 }
