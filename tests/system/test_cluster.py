@@ -161,6 +161,21 @@ def test_workers_may_come_and_go_and_so_may_the_scheduler(tmp_path, by_one_proce
 
 
 @pytest.mark.slow
+def test_a_run_without_any_worker_waits_for_the_next_one(tmp_path, by_one_process, faults):
+    scheduler, address = start_scheduler()
+    first = start_worker(address, tmp_path / "scratch", **faults.environment)
+    with ended_at_last(scheduler, first):
+        process, _, out = begin(tmp_path, faults, scheduler=address)
+        with ended_at_last(process):
+            first.kill()
+            wait_for(lambda: "no worker is left" in process.stdout.readline(), process)
+            faults.go_on()
+            with ended_at_last(start_worker(address, tmp_path / "scratch")):
+                end_of(process)
+    assert all_bytes(out) == by_one_process
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_asked_to_end_it_ends_in_order_and_continues(tmp_path, by_one_process, faults, number, code):
     process, recipe, out = begin(tmp_path, faults)
