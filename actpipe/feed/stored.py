@@ -98,15 +98,15 @@ class StoredRows:
 
     def allocate(self, n_rows: int, *, pinned: bool) -> Rows:
         """Return tensors for as many rows."""
-        wide = {
+        shapes = {
             name: ((n_rows, *array.manifest.row_shape), _torch_dtype(array))
             for name, array in self._sources[0].arrays.items()
         }
-        single = {name: label.dtype for name, label in self._labels.items()} | {"row": torch.int64}
+        numbers = {name: label.dtype for name, label in self._labels.items()} | {"row": torch.int64}
         if len(self._sources) > 1:
-            single["source"] = torch.int64
-        wide |= {name: ((n_rows,), dtype) for name, dtype in single.items()}
-        return {name: _empty(shape, dtype, pinned=pinned) for name, (shape, dtype) in wide.items()}
+            numbers["source"] = torch.int64
+        shapes |= {name: ((n_rows,), dtype) for name, dtype in numbers.items()}
+        return {name: _empty(shape, dtype, pinned=pinned) for name, (shape, dtype) in shapes.items()}
 
     @contextmanager
     def reading(self, order: Order, stretches: Iterable[Stretch]) -> Iterator[Fill]:
