@@ -71,10 +71,10 @@ def _tokens(table: pd.DataFrame, which: str, n_shown: int, where: str) -> Findin
 
 
 def _listed(lines: pd.DataFrame) -> str:
-    return ", ".join(f"{_shown(line.token, line.token_id)} {line.value:+.2f}" for line in lines.itertuples())
+    return ", ".join(f"{_shown(str(line.token), str(line.token_id))} {line.value:+.2f}" for line in lines.itertuples())
 
 
-def _shown(text: str, token_id: int) -> str:
+def _shown(text: str, token_id: str) -> str:
     """Return a token as it is read; one that is a piece of a character, by its id."""
     return f"id {token_id}" if "\N{REPLACEMENT CHARACTER}" in text else repr(text)
 
