@@ -95,6 +95,12 @@ class Nowhere:
         """Say that they were written."""
         return rows.nbytes
 
+    def mark(self) -> None:
+        """Nothing is there to keep."""
+
+    def undo(self) -> None:
+        """Nothing is there to take back."""
+
     def commit(self) -> None:
         """Nothing is there to commit."""
 
