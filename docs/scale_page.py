@@ -184,7 +184,7 @@ that one of them computes at a time.
 **Measured** (on two shared cores; take them again with the command): client and scheduler compute {part_ms:.1f} ms for
 a part (`python benchmarks/cluster.py scheduler`); a commit record takes {record} bytes for each array, and listing
 100,000 of them {listing:.1f} s (`python benchmarks/cluster.py records`); writing beside the forward pass costs it
-1 to 3 % (`python benchmarks/store.py forward`).
+2 to 8 % where both share two cores (`python benchmarks/store.py forward`).
 
 ## Forward passes
 A token costs two FLOP for each parameter, and attention over half the context.
