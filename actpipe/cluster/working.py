@@ -15,6 +15,10 @@ from actpipe.cluster.site import RESOURCE, TASKS
 from actpipe.errors import ClusterError
 
 _LOOK_SECONDS = 0.05
+_REGISTER_SECONDS = 60
+"""Time after which a worker gives up that cannot register: Dask's would wait for ever."""
+_PATIENCE_SECONDS = 10
+"""Time for which a scheduler is waited for that does not answer a worker that leaves."""
 _TELL_SECONDS = 0.5
 """Time in which the scheduler hears of what was finished last."""
 
@@ -54,9 +58,18 @@ async def _work(scheduler: str, seconds: float | None, options: dict[str, Any]) 
         raise ClusterError(
             f"there is no Dask scheduler at {scheduler} ({error}); start one with `dask scheduler`"
         ) from error
-    worker = await Worker(
-        scheduler, nthreads=TASKS, resources={RESOURCE: 1}, memory_limit=0, dashboard=False, **options
-    )
+    try:
+        worker = await Worker(
+            scheduler,
+            nthreads=TASKS,
+            resources={RESOURCE: 1},
+            memory_limit=0,
+            dashboard=False,
+            death_timeout=_REGISTER_SECONDS,
+            **options,
+        )
+    except TimeoutError as error:
+        raise ClusterError(f"the scheduler at {scheduler} is gone before this worker could register") from error
     asked = asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -74,16 +87,19 @@ async def _work(scheduler: str, seconds: float | None, options: dict[str, Any]) 
     waiting.cancel()
     if not ended.done():
         await _leave(worker)
-    await ended
+    with suppress(TimeoutError):
+        await asyncio.wait_for(ended, _PATIENCE_SECONDS)
 
 
 async def _leave(worker: Worker) -> None:
-    """Take no more tasks, finish those at hand, then go."""
-    with suppress(OSError):  # the scheduler may be ending too
-        await worker.scheduler.retire_workers(
+    """Take no more tasks, finish those at hand, then go; a scheduler that is ending too is not waited for."""
+    with suppress(OSError, TimeoutError):
+        retired = worker.scheduler.retire_workers(
             workers=[worker.address], close_workers=False, remove=False, stimulus_id=f"leave-{uuid.uuid4().hex}"
         )
+        await asyncio.wait_for(retired, _PATIENCE_SECONDS)
     while worker.state.executing_count:
         await asyncio.sleep(_LOOK_SECONDS)
     await asyncio.sleep(_TELL_SECONDS)
-    await worker.close(nanny=False, reason="asked to end")
+    with suppress(TimeoutError):
+        await asyncio.wait_for(worker.close(nanny=False, reason="asked to end"), _PATIENCE_SECONDS)
