@@ -341,6 +341,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=800_000, help="rows of `batches`; twice as many in `blocks`")
     parser.add_argument("--sequences", type=int, default=512, help="sequences of `others`")
     arguments = parser.parse_args()
+    if arguments.rounds < 2:
+        parser.error("quartiles want --rounds of at least 2")
     warnings.simplefilter("ignore")
     SCRATCH.mkdir(exist_ok=True)
     choices = {
