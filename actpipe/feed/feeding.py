@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing
 from dataclasses import asdict
 from typing import Any, Protocol
@@ -327,6 +328,17 @@ def as_numpy(tensor: torch.Tensor) -> npt.NDArray[Any]:
         return tensor.view(torch.int16).numpy().view(numpy_dtype("bfloat16"))
     array: npt.NDArray[Any] = tensor.numpy()
     return array
+
+
+def empty_rows(n_rows: int, shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]], *, pinned: bool) -> Rows:
+    """Return memory for rows of these shapes; numpy's where it may be, which asks for huge pages: found faster."""
+    return {name: _empty((n_rows, *shape), dtype, pinned=pinned) for name, (shape, dtype) in shapes.items()}
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, *, pinned: bool) -> torch.Tensor:
+    if pinned:
+        return torch.empty(shape, dtype=dtype, pin_memory=True)
+    return torch.from_numpy(np.empty(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).reshape(shape)
 
 
 def _filled(rows: Rows, fill: Fill) -> Rows:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from actpipe.feed.documents import Labels
-from actpipe.feed.feeding import Fill, Rows
+from actpipe.feed.feeding import Fill, Rows, empty_rows
 from actpipe.feed.order import Order, Stretch
 from actpipe.feed.permutation import Indices, Permutation
 from actpipe.feed.selection import RowSet
@@ -127,10 +127,7 @@ class LiveRows:
         """Return tensors for as many rows."""
         shapes = {name: (array.row_shape, array.dtype) for name, array in self._arrays.items()}
         shapes |= {name: ((), label.dtype) for name, label in self._labels.items()} | {"row": ((), torch.int64)}
-        return {
-            name: torch.empty((n_rows, *shape), dtype=dtype, pin_memory=pinned)
-            for name, (shape, dtype) in shapes.items()
-        }
+        return empty_rows(n_rows, shapes, pinned=pinned)
 
     @contextmanager
     def reading(self, order: Order, stretches: Iterable[Stretch]) -> Iterator[Fill]:

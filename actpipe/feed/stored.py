@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import torch
 
 from actpipe.errors import StoreMismatchError
 from actpipe.feed.documents import Labels
-from actpipe.feed.feeding import Fill, Rows, as_numpy
+from actpipe.feed.feeding import Fill, Rows, as_numpy, empty_rows
 from actpipe.feed.mixing import Mixture
 from actpipe.feed.order import Order, Stretch
 from actpipe.feed.permutation import Indices
@@ -98,15 +97,12 @@ class StoredRows:
 
     def allocate(self, n_rows: int, *, pinned: bool) -> Rows:
         """Return tensors for as many rows."""
-        shapes = {
-            name: ((n_rows, *array.manifest.row_shape), _torch_dtype(array))
-            for name, array in self._sources[0].arrays.items()
-        }
-        numbers = {name: label.dtype for name, label in self._labels.items()} | {"row": torch.int64}
+        arrays = self._sources[0].arrays.items()
+        shapes = {name: (array.manifest.row_shape, _torch_dtype(array)) for name, array in arrays}
+        shapes |= {name: ((), label.dtype) for name, label in self._labels.items()} | {"row": ((), torch.int64)}
         if len(self._sources) > 1:
-            numbers["source"] = torch.int64
-        shapes |= {name: ((n_rows,), dtype) for name, dtype in numbers.items()}
-        return {name: _empty(shape, dtype, pinned=pinned) for name, (shape, dtype) in shapes.items()}
+            shapes["source"] = ((), torch.int64)
+        return empty_rows(n_rows, shapes, pinned=pinned)
 
     @contextmanager
     def reading(self, order: Order, stretches: Iterable[Stretch]) -> Iterator[Fill]:
@@ -118,9 +114,9 @@ class StoredRows:
 
         def pieces() -> Iterator[_Piece]:
             for some in _some_at_once(stretches):
-                if some[0].chosen is not None:
+                if (chosen := some[0].chosen) is not None:
                     source, rows = rows_of(some[0].start, some[0].stop)
-                    yield from _pieces(source[some[0].chosen], rows[some[0].chosen])
+                    yield from _pieces(source[chosen], rows[chosen])
                     continue
                 indices = order(np.concatenate([np.arange(stretch.start, stretch.stop) for stretch in some]))
                 for here in np.split(indices, np.cumsum([stretch.n_rows for stretch in some])[:-1]):
@@ -234,14 +230,6 @@ def _check_same(name: str, first: StoredArray, other: StoredArray, store: Activa
             f"cannot mix {name}: rows are {wanted[0]} {wanted[1]} in the first run and {found[0]} {found[1]} in "
             f"{store.folder.root}; mix runs of one shape and element type"
         )
-
-
-def _empty(shape: tuple[int, ...], dtype: torch.dtype, *, pinned: bool) -> torch.Tensor:
-    """Return memory that is not yet filled; numpy's where it may be, which asks for huge pages: found faster."""
-    if pinned:
-        return torch.empty(shape, dtype=dtype, pin_memory=True)
-    n_bytes = math.prod(shape) * dtype.itemsize
-    return torch.from_numpy(np.empty(n_bytes, np.uint8)).view(dtype).reshape(shape)
 
 
 def _torch_dtype(array: StoredArray) -> torch.dtype:

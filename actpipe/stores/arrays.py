@@ -24,7 +24,7 @@ from actpipe.stores.encoding import Codec, decompress, row_bytes
 from actpipe.stores.fetching import Chunk
 from actpipe.stores.mapping import map_file
 from actpipe.stores.remote import remote_of
-from actpipe.stores.uncached import UncachedReader, open_uncached
+from actpipe.stores.uncached import UncachedReader, cut_short, open_uncached
 
 _LONG_RUN = 16
 """Rows that follow one another, from which on reading them beats copying them out of a map."""
@@ -60,7 +60,7 @@ def _read_run(file: FileIO, offset: int, wanted: memoryview) -> None:
     while wanted and (n_read := file.readinto(wanted)):
         wanted = wanted[n_read:]
     if wanted:
-        raise IncompleteStoreError(f"{file.name!s} is cut short; `actpipe verify` says what else is")
+        raise cut_short(file)
 
 
 @dataclass(frozen=True)

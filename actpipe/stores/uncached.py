@@ -45,6 +45,11 @@ def open_uncached(path: str) -> FileIO:
         return FileIO(path)
 
 
+def cut_short(file: FileIO) -> IncompleteStoreError:
+    """Return the error that a file ends too early."""
+    return IncompleteStoreError(f"{file.name!s} is cut short; `actpipe verify` says what else is")
+
+
 class UncachedReader(AbstractContextManager["UncachedReader"]):
     """Reads into memory of any address, from any place: what disks want aligned goes through buffers of its own."""
 
@@ -75,11 +80,11 @@ class UncachedReader(AbstractContextManager["UncachedReader"]):
     def _work(self, waiting: deque[Run]) -> None:
         buffer = self._buffers.pop()
         try:
-            while waiting:
+            while True:
                 try:
                     file, offset, into = waiting.popleft()
-                except IndexError:  # another thread was faster
-                    break
+                except IndexError:  # nothing is left
+                    return
                 for start in range(0, len(into), _AT_ONCE):
                     _read(file, offset + start, into[start : start + _AT_ONCE], buffer)
         finally:
@@ -95,7 +100,7 @@ def _read(file: FileIO, offset: int, into: memoryview, buffer: npt.NDArray[np.ui
     while n_read < stop:
         more = _read_pages(file, start + n_read, pages[n_read : -(-stop // _ALIGNED) * _ALIGNED])
         if n_read + more < stop and (not more or more % _ALIGNED):
-            raise IncompleteStoreError(f"{file.name!s} is cut short; `actpipe verify` says what else is")
+            raise cut_short(file)
         n_read += more
     into[:] = pages[before:stop]
 

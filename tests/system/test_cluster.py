@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import obstore
@@ -139,40 +140,46 @@ def test_what_fails_again_and_again_ends_the_run_with_its_part_and_its_error(tmp
     assert all_bytes(tmp_path / "run") == by_one_process
 
 
-@pytest.mark.slow
-def test_workers_may_come_and_go_and_so_may_the_scheduler(tmp_path, by_one_process, faults):
+@contextmanager
+def begun_elsewhere(tmp_path, faults):
+    """Start a scheduler, a worker, and a run by it; give them once the worker waits in the midst of it."""
     scheduler, address = start_scheduler()
     first = start_worker(address, tmp_path / "scratch", **faults.environment)
     with ended_at_last(scheduler, first):
         process, recipe, out = begin(tmp_path, faults, scheduler=address)
-        second = start_worker(address, tmp_path / "scratch", **faults.environment)
-        with ended_at_last(process, second):
-            wait_for(lambda: "Registered to" in second.stdout.readline(), process, second)
-            first.kill()
-            faults.stop_at(12, out)
-            wait_for_commits(process, out, 12)
-            scheduler.kill()
-            output = end_of(process, 75)
+        with ended_at_last(process):
+            yield SimpleNamespace(
+                scheduler=scheduler, address=address, first=first, process=process, recipe=recipe, out=out
+            )
+
+
+@pytest.mark.slow
+def test_workers_may_come_and_go_and_so_may_the_scheduler(tmp_path, by_one_process, faults):
+    with begun_elsewhere(tmp_path, faults) as it:
+        second = start_worker(it.address, tmp_path / "scratch", **faults.environment)
+        with ended_at_last(second):
+            wait_for(lambda: "Registered to" in second.stdout.readline(), it.process, second)
+            it.first.kill()
+            faults.stop_at(12, it.out)
+            wait_for_commits(it.process, it.out, 12)
+            it.scheduler.kill()
+            output = end_of(it.process, 75)
     assert "the scheduler of the cluster is gone; what is committed stays valid" in output
     assert "Traceback" not in output
 
-    finish(write_recipe(make_long_recipe(workers=1, threads=1), recipe), out)
-    assert all_bytes(out) == by_one_process
+    finish(write_recipe(make_long_recipe(workers=1, threads=1), it.recipe), it.out)
+    assert all_bytes(it.out) == by_one_process
 
 
 @pytest.mark.slow
 def test_a_run_without_any_worker_waits_for_the_next_one(tmp_path, by_one_process, faults):
-    scheduler, address = start_scheduler()
-    first = start_worker(address, tmp_path / "scratch", **faults.environment)
-    with ended_at_last(scheduler, first):
-        process, _, out = begin(tmp_path, faults, scheduler=address)
-        with ended_at_last(process):
-            first.kill()
-            wait_for(lambda: "no worker is left" in process.stdout.readline(), process)
-            faults.go_on()
-            with ended_at_last(start_worker(address, tmp_path / "scratch")):
-                end_of(process)
-    assert all_bytes(out) == by_one_process
+    with begun_elsewhere(tmp_path, faults) as it:
+        it.first.kill()
+        wait_for(lambda: "no worker is left" in it.process.stdout.readline(), it.process)
+        faults.go_on()
+        with ended_at_last(start_worker(it.address, tmp_path / "scratch")):
+            end_of(it.process)
+    assert all_bytes(it.out) == by_one_process
 
 
 @pytest.mark.slow

@@ -330,7 +330,8 @@ def test_pooled_directions_do_not_depend_on_the_order_of_documents_or_on_workers
         tables.append(open_results(tmp_path / name, "fit_directions").table)
 
     for column in ("accuracy", "balanced_accuracy", "auc", "loss", "control_auc", "mean_difference_auc"):
-        np.testing.assert_allclose(tables[0][column], tables[1][column], rtol=1e-4, atol=1e-4)
+        relative = 1e-4 if column == "loss" else 1e-7  # of few documents it is several nats
+        np.testing.assert_allclose(tables[0][column], tables[1][column], rtol=relative, atol=1e-4)
 
 
 def test_the_number_of_workers_changes_no_bit(labelled, tmp_path):
