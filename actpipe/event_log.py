@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import os
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+_LOOKS = 5
+_LOOK_SECONDS = 0.01
 
 
 @dataclass
@@ -39,8 +43,7 @@ class EventLog:
         descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
         try:
             if self._ends_whole is None:
-                size = os.fstat(descriptor).st_size
-                self._ends_whole = size == 0 or os.pread(descriptor, 1, size - 1) == b"\n"
+                self._ends_whole = _ends_whole(descriptor)
             data = ("" if self._ends_whole else "\n").encode() + line.encode() + b"\n"
             self._ends_whole = None
             if os.write(descriptor, data) == len(data):
@@ -49,6 +52,17 @@ class EventLog:
                 raise OSError(f"only a piece of a line fitted into {self.path}")
         finally:
             os.close(descriptor)
+
+
+def _ends_whole(descriptor: int) -> bool:
+    """Return whether a file ends with a whole line; one that another process is writing has a moment to become whole."""
+    for look in range(_LOOKS):
+        if look:
+            time.sleep(_LOOK_SECONDS)
+        size = os.fstat(descriptor).st_size
+        if size == 0 or os.pread(descriptor, 1, size - 1) == b"\n":
+            return True
+    return False
 
 
 def read_events(data: bytes) -> Iterator[dict[str, Any]]:

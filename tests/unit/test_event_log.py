@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from actpipe import event_log
 from actpipe import telemetry as telemetry_module
 from actpipe.errors import StorageError
 from actpipe.event_log import EventLog, read_events
@@ -42,6 +43,15 @@ def test_lines_of_several_processes_stay_whole(tmp_path):
     found = events(path)
     for who in range(n_processes):
         assert [event["number"] for event in found if event["who"] == str(who)] == list(range(n_lines))
+
+
+def test_a_line_that_another_process_is_writing_is_not_taken_for_cut_off(tmp_path, monkeypatch):
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(b'{"event": "half')
+    monkeypatch.setattr(event_log.time, "sleep", lambda _: path.write_bytes(b'{"event": "half"}\n'))
+    EventLog(path).append('{"event": "next"}')
+
+    assert path.read_bytes() == b'{"event": "half"}\n{"event": "next"}\n'
 
 
 def test_a_line_that_was_cut_off_spoils_only_itself(tmp_path):
