@@ -55,7 +55,7 @@ class EventLog:
 
 
 def _ends_whole(descriptor: int) -> bool:
-    """Return whether a file ends with a whole line; one that another process is writing has a moment to become whole."""
+    """Return whether a file ends with a whole line; one that another process is writing has a moment to end."""
     for look in range(_LOOKS):
         if look:
             time.sleep(_LOOK_SECONDS)
